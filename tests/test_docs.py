@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -79,12 +80,11 @@ def setting() -> dict[str, Any]:
         "ModelParallelStrategy": lambda: None,
         "fully_shard": lambda model: model,
         "distributed": SimpleNamespace(get_rank=lambda: 0),
-        "accelerator": SimpleNamespace(
+        "accelerator": Mock(
             prepare=lambda *both: both,
             unwrap_model=lambda model: model,
             trackers=[],
             scaler=None,
-            register_for_checkpointing=lambda _: None,
         ),
         "fabric": SimpleNamespace(
             setup=lambda *both: both,

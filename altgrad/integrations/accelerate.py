@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -17,6 +19,9 @@ from altgrad.output import WriterLogger
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # type: ignore[import-untyped]
+
+_RUNS: WeakKeyDictionary[Accelerator, int] = WeakKeyDictionary()
+"""The number of the last run of each Accelerator; the names of files differ by it."""
 
 
 def watch(
@@ -32,8 +37,11 @@ def watch(
 
     Call this function before or after ``accelerator.prepare``, on every process. With FSDP, which
     replaces the parameters, call it after. The first process writes. Figures also go to the
-    Accelerator's trackers, such as TensorBoard. ``accelerator.save_state`` saves the state of the
-    run, and ``load_state`` restores it before the first step.
+    Accelerator's trackers, such as TensorBoard.
+
+    ``accelerator.save_state`` also saves the state of the run, into the file ``altgrad.pt``, and
+    ``load_state`` restores it. In mid-run, ``load_state`` is a way back: later steps are then taken
+    out of the run file. A checkpoint without the file gives a warning, and the run goes on.
 
     Args:
         accelerator: The Accelerator.
@@ -60,8 +68,25 @@ def watch(
     )
     optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
     run.attach(*optimizers, scaler=accelerator.scaler)
-    accelerator.register_for_checkpointing(run)
+    _save_and_load(accelerator, run)
     return run
+
+
+def _save_and_load(accelerator: Accelerator, run: RunWatch) -> None:
+    """Save the state of a run in each checkpoint of an Accelerator, and restore it from there."""
+    # Not by `register_for_checkpointing`: load_state then raises an error for each checkpoint that
+    # was saved without the run, or with it if the run is no longer registered.
+    number = _RUNS[accelerator] = _RUNS.get(accelerator, -1) + 1
+    name = f"altgrad-{number}.pt" if number else "altgrad.pt"
+
+    def save(_models: object, _weights: object, folder: str) -> None:
+        run.save(Path(folder, name), is_writer=accelerator.is_main_process)
+
+    def load(_models: object, folder: str) -> None:
+        run.restore(Path(folder, name))
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
 
 
 class TrackerLogger:

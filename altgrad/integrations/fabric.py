@@ -36,7 +36,8 @@ def watch(
     The first process writes. Figures also go to Fabric's loggers.
 
     Put the result into the dict that ``fabric.save`` saves and ``fabric.load`` fills, such as
-    ``{"model": model, "altgrad": run}``, to go on with the run after a checkpoint.
+    ``{"model": model, "altgrad": run}``, to go on with the run after a checkpoint, or to go back to
+    one in mid-run.
 
     Args:
         fabric: The Fabric.

@@ -11,7 +11,11 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +34,7 @@ from altgrad.monitor.policy import StepPolicy
 from altgrad.monitor.schedule import StepSchedule
 from altgrad.observation.dtensor import is_sharded
 from altgrad.observation.optimizers import unwrap
+from altgrad.observation.step_hooks import find_backward_pass
 from altgrad.output import Output, OutputSettings, WriterLogger
 from altgrad.quantization.block_formats import Formats
 from altgrad.report import Assessment, list_actions, write_answer
@@ -37,6 +42,7 @@ from altgrad.report import Assessment, list_actions, write_answer
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+_NOTHING_OBSERVED = "No step was observed, so there are no verdicts."
 _LAYER_CHARTS = 8  # as many as `altgrad_lightning.PrecisionMonitor` makes
 
 
@@ -81,8 +87,8 @@ def watch(
         folder: The folder of the run file; it is created if it is missing.
         formats: One or several number formats to judge, or their names.
         every_n_steps: Interval in steps, a `StepSchedule`, or a function of a step's number that
-            returns True if the step is to be observed. Each optimizer counts its steps from 0, and
-            goes on counting in a resumed run.
+            returns True if the step is to be observed. Steps of the training count from 0, and go
+            on counting in a resumed run: see `RunWatch` for several optimizers.
         writer: A SummaryWriter that gets the figures, too, with pictures and verdicts.
         scaler: The GradScaler that calls the optimizer's `step`, if there is one.
         state: A result of `RunWatch.state_dict`, from a checkpoint, to go on with that run.
@@ -118,8 +124,15 @@ class RunWatch:
     """A training under observation: its figures go to a run file, and are judged at the end.
 
     `altgrad.watch` returns a `RunWatch` that is attached to the optimizers. The run file is opened
-    at their first step. In it, steps have the number of the optimizer that has made most steps, and
-    optimizers that step under the same number share a record.
+    at their first step.
+
+    Steps of the training have numbers from 0. Several optimizers share a number, and a record, as
+    long as each of them steps once: the next number begins when one of them steps again. So a GAN's
+    three steps of the critic and one of the generator have three numbers. All steps in one backward
+    pass count as those of one optimizer. `flush` and `attach` end a step, too.
+
+    A record is written when all optimizers have stepped, else when the next number begins. If the
+    process is killed before that, the record is lost.
 
     Args:
         model: The module that is trained, or pairs of name and parameter.
@@ -163,15 +176,20 @@ class RunWatch:
         self._notices = Notices(owner, warn)
         self.latest: StepRecord | None = None
         self._records: list[StepRecord] = []  # of the step with the number `_step`
+        # The index of the step with this number, by optimizer; None stands for all in backward.
+        self._stepping: dict[Optimizer | None, int] = {}
+        self._thread = threading.local()  # its `optimizer` steps: two threads may step two
+        self._lock = threading.RLock()
         self._first_step = 0
         self._step = -1  # number of the last step that began
-        self._optimizers: tuple[Any, ...] = ()
+        self._optimizers: list[weakref.ref[Optimizer]] = []
         self._scaler: GradScaler | None = None
         self._handles: list[RemovableHandle] = []
         self._output: Output | None = None
         self._output_state: Mapping[str, Any] | None = None
         self._is_open = True
-        self.monitor = UpdateMonitor(
+        self._make_monitor = partial(
+            UpdateMonitor,
             model,
             self._note,
             every_n_steps=self._is_due,
@@ -179,6 +197,7 @@ class RunWatch:
             strict=strict,
             **arguments,
         )
+        self.monitor = self._make_monitor()
 
     # --- findings
 
@@ -203,7 +222,8 @@ class RunWatch:
         if self._output is None:
             return ""
         runs = self._output.assess().runs
-        lines = [write_answer(runs), *list_actions(runs)]
+        answer = write_answer(runs) if runs or self._has_record else _NOTHING_OBSERVED
+        lines = [answer, *list_actions(runs)]
         return "\n".join([*lines, *([f"altgrad report {self.path}"] if self.path else [])])
 
     def state_dict(self) -> dict[str, Any]:
@@ -215,43 +235,93 @@ class RunWatch:
             The states of the `UpdateMonitor` and of the run file and verdicts, and the number of
             steps so far. Another rank than the first has no state of a file.
         """
+        monitor = self.monitor.state_dict()  # first: it ends a step in backward, and has its record
         self.flush()
         output = self._output_state if self._output is None else self._output.state_dict()
         steps = max(self._first_step, self._step + 1)
-        return {"monitor": self.monitor.state_dict(), "output": output, "steps": steps}
+        return {"monitor": monitor, "output": output, "steps": steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`, before the first step: the run goes on with its run file.
+        """Restore a `state_dict`: the run goes on from the step at which the state was saved.
+
+        This is also a way back in mid-run, together with the weights of that step: later steps are
+        then taken out of the run file and the verdicts. The run has a new `monitor` afterwards.
 
         Args:
             state: A result of `state_dict`.
 
         Raises:
-            RuntimeError: A step was made since the run is watched.
-            ValueError: An entry of the state is missing or damaged.
+            RuntimeError: The run is closed.
+            ValueError: An entry of the state is missing or damaged; the run is as it was before.
         """
-        if self._step >= self._first_step or self._output is not None:
-            raise RuntimeError(
-                "load_state_dict: expected a run before its first step; call it before training"
-            )
+        self._check_open("load_state_dict")
         if missing := [name for name in ("monitor", "output", "steps") if name not in state]:
             raise ValueError(
                 f"state={sorted(state)}: expected the entries of RunWatch.state_dict(), of which "
                 f"{missing} are missing; leave out the state to begin anew"
             )
-        optimizers = self._optimizers
+        first_step, monitor = int(state["steps"]), self._make_monitor()
+        monitor.load_state_dict(state["monitor"])  # raises errors before anything has changed
+        optimizers = self._find_optimizers()
         self._detach()
-        self.monitor.load_state_dict(state["monitor"])
-        self._output_state = state["output"]
-        self._first_step = int(state["steps"])
-        self._step = self._first_step - 1
+        self._records.clear()
+        self._stepping.clear()
+        if self._output is not None:
+            self._output.close()
+        self.monitor, self._output, self._output_state = monitor, None, state["output"]
+        self._first_step, self._step = first_step, first_step - 1
         if optimizers:
             self.attach(*optimizers, scaler=self._scaler)
+
+    def save(self, file: Path, *, is_writer: bool) -> None:
+        """Save a `state_dict` for `restore`, or give a notice why that is not possible.
+
+        Args:
+            file: The file to write, in the folder of a checkpoint.
+            is_writer: True on the rank that writes the file. All ranks have to call this method.
+
+        Raises:
+            Exception: If `strict`, an error of making the state or writing the file.
+        """
+        try:
+            state = self.state_dict()
+            if is_writer:
+                torch.save(state, file)
+        except Exception as error:
+            if self._strict:
+                raise
+            self._notices.give(f"could not save its state to {file}: {error!r}")
+
+    def restore(self, file: Path) -> None:
+        """Restore what `save` has saved, or give a notice why that is not possible.
+
+        A run that is closed stays as it is.
+
+        Args:
+            file: The file to read, in the folder of a checkpoint.
+
+        Raises:
+            Exception: If `strict`, an error of reading the file or restoring the state.
+        """
+        if not self._is_open:
+            return
+        goes_on = "goes on with its own count of steps" if self._has_begun else "begins anew"
+        if not file.exists():
+            self._notices.give(f"{goes_on}: {file.parent} has no {file.name} of an earlier run")
+            return
+        try:
+            self.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        except Exception as error:
+            if self._strict:
+                raise
+            self._notices.give(f"{goes_on}, because {file} cannot be restored: {error!r}")
 
     # --- from the first step to the last
 
     def attach(self, *optimizers: Any, scaler: GradScaler | None = None) -> RunWatch:
         """Start observing the steps of some optimizers, unless the first rank does it for this one.
+
+        Optimizers that were attached before stay attached, such as those of an earlier phase.
 
         Args:
             optimizers: Optimizers of torch, or wrappers of trainers around optimizers.
@@ -263,23 +333,32 @@ class RunWatch:
         Raises:
             TypeError: An optimizer neither is nor wraps a torch optimizer.
             ValueError: The steps of an optimizer cannot be observed.
+            RuntimeError: The run is closed.
         """
+        self._check_open("attach")
         if _get_rank() and not any(map(is_sharded, self.monitor.parameters.values())):
             return self
         self.monitor.attach(*optimizers, scaler=scaler)
-        self._optimizers, self._scaler = optimizers, scaler
-        for each in optimizers:
-            self._handles.append(unwrap(each).register_state_dict_pre_hook(self._stay_alive))
+        self.flush()
+        self._stepping.clear()
+        self._scaler = scaler or self._scaler
+        known = self._find_optimizers()
+        for each in dict.fromkeys(map(unwrap, optimizers)):
+            if each not in known:
+                self._optimizers.append(weakref.ref(each))
+                self._handles.append(each.register_state_dict_pre_hook(self._stay_alive))
         return self
 
     def flush(self) -> None:
         """Write the record of the last step now, and not before the next step begins."""
-        if not self._records:
-            return
-        self.latest = merge_records(self._records)
-        self._records.clear()
-        if self._output is not None:
-            self._output.write(self._step, self.latest, self.monitor.skipped)
+        with self._lock:
+            if not self._records:
+                return
+            self.latest = merge_records(self._records)
+            self._records.clear()
+            self._stepping.clear()
+            if self._output is not None:
+                self._output.write(self._step, self.latest, self.monitor.skipped)
 
     def close(self) -> str:
         """Stop observing, write the last figures and verdicts, and close the run file.
@@ -289,11 +368,15 @@ class RunWatch:
         """
         if self._is_open:
             self._is_open = False
-            self._warn_about_unseen()
-            self._detach()
-            self.flush()
-            if self._output is not None:
-                self._output.finish()
+            # The stack is called from its end, and also after an error: notices may be errors.
+            with ExitStack() as ending:
+                if self._output is not None:
+                    ending.callback(self._output.close)
+                    ending.callback(self._output.finish)
+                ending.callback(self.flush)
+                ending.callback(self._detach)
+                for notice in self._describe_unseen():
+                    self._notices.give_once(notice)
         return self.summarize()
 
     def __enter__(self) -> RunWatch:  # noqa: PYI034 - typing has Self only from Python 3.11 on
@@ -312,30 +395,69 @@ class RunWatch:
     # --- one step
 
     def _is_due(self, index: int) -> bool:
-        """Return True if the coming step is to be observed; begin a new record if it is a new step.
+        """Return True if the coming step is to be observed; begin a new record if it has one.
 
         Args:
             index: Number of steps of the optimizer since it was attached, before this one.
         """
-        step = self._first_step + index if self._find_step is None else self._find_step()
-        if step > self._step:
-            self.flush()
-            self._step = step
-        if self._output is None and not _get_rank():
-            self._open()
-        return self._policy.is_wanted(step)
+        with self._lock:
+            step = self._find_number(index) if self._find_step is None else self._find_step()
+            if step > self._step:
+                self.flush()
+                self._stepping.clear()
+                self._step = step
+            optimizer = self._find_stepping()
+            self._stepping[optimizer] = index
+            if self._output is None and not _get_rank():
+                self._open()
+        if is_due := self._policy.is_wanted(step):
+            self._thread.optimizer = optimizer
+        return is_due
+
+    def _find_number(self, index: int) -> int:
+        """Return the number of the coming step: a new one if its optimizer has made this one.
+
+        Args:
+            index: The index of the optimizer's step. A step that a GradScaler skips has the same
+                index as the next one.
+        """
+        made = self._stepping.get(self._find_stepping())
+        is_new = not self._stepping or (made is not None and made != index)
+        return self._step + is_new
+
+    def _find_stepping(self) -> Optimizer | None:
+        """Return the optimizer that is about to step; None for all that step in backward."""
+        return self.monitor.asking if find_backward_pass() is None else None
 
     def _note(self, record: StepRecord) -> None:
         """Keep a record; write it if no other optimizer can add to it."""
-        self._records.append(record)
-        if len(self._optimizers) == 1:
-            self.flush()
+        with self._lock:
+            self._records.append(record)
+            # Another thread may have begun the next step: this record is then part of that one.
+            self._stepping[vars(self._thread).pop("optimizer", None)] = record.index
+            if len(self._records) >= len(self._find_optimizers()):
+                self.flush()
+
+    def _find_optimizers(self) -> list[Optimizer]:
+        """Return the attached optimizers that are still alive."""
+        return [each for reference in self._optimizers if (each := reference()) is not None]
+
+    @property
+    def _has_begun(self) -> bool:
+        """True after the first step of this process."""
+        return self._step >= self._first_step
+
+    def _check_open(self, method: str) -> None:
+        if not self._is_open:
+            raise RuntimeError(
+                f"{method}: expected a run that is not closed; call altgrad.watch for a new run"
+            )
 
     def _stay_alive(self, _: Optimizer) -> None:
         """Do nothing: the optimizer has this method as a hook, and thus keeps the `RunWatch`."""
 
     def _detach(self) -> None:
-        self._optimizers = ()
+        self._optimizers.clear()
         for each in self._handles:
             each.remove()
         self._handles.clear()
@@ -353,19 +475,21 @@ class RunWatch:
             self._notices.give_once,
         )
 
-    def _warn_about_unseen(self) -> None:
-        """Warn if no step was observed, or if layers moved and have no observed step."""
+    def _describe_unseen(self) -> list[str]:
+        """Return notices if no step was observed, or if layers moved and have no observed step."""
         if not self.monitor.is_observing:
-            return
+            return []
         unseen = self.monitor.describe_unseen()
-        if self._step >= self._first_step and self.latest is None and not self._records:
-            self._notices.give(
-                f"observed no step: {self._explain_no_step(have_moved=bool(unseen))}"
-            )
-            if not self.monitor.skipped:
-                return  # the next notice would name all layers
-        for notice in unseen:
-            self._notices.give_once(notice)
+        if not self._has_begun or self._has_record:
+            return unseen
+        notice = f"observed no step: {self._explain_no_step(have_moved=bool(unseen))}"
+        # If no step was due, the other notices would name all layers.
+        return [notice, *(unseen if self.monitor.skipped else [])]
+
+    @property
+    def _has_record(self) -> bool:
+        """True after the first observed step of this process."""
+        return self.latest is not None or bool(self._records)
 
     def _explain_no_step(self, *, have_moved: bool) -> str:
         """Return the reason why no step was observed.

@@ -8,6 +8,7 @@ Read `run_watch` first. The next file is `accelerate`.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -18,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from altgrad._messages import Notices, check_int
 from altgrad.integrations.run_watch import RunWatch
@@ -28,8 +31,9 @@ from altgrad.observation.optimizers import find_wrapped
 from altgrad.quantization.block_formats import Formats
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainerState, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
+_EVERY_N_STEPS = 10  # as in `altgrad.watch`
 STATE_FILE = "altgrad.pt"
 """Name of the file in each checkpoint folder with the state of a `RunWatch`."""
 LOGGED = ("kept_update_ratio", "unmoved_frac", "progress_kept")
@@ -56,7 +60,8 @@ class PrecisionCallback(TrainerCallback):
         folder: The folder of the run file; None for the Trainer's ``output_dir``.
         formats: One or several number formats to judge, or their names.
         every_n_steps: Interval between observed steps, in steps of the Trainer. None observes the
-            steps that the Trainer logs, every ``logging_steps``.
+            steps that the Trainer logs, every ``logging_steps``; if its ``logging_strategy`` is not
+            ``"steps"``, every tenth step.
         strict: If True, raise errors of the callback in the training; otherwise warn once.
         **arguments: Further arguments of `altgrad.UpdateMonitor`: `sampling`, `recipes`,
             `max_elements`, `overhead_budget`, `scaling`, `twin_elements`, `seed`.
@@ -120,10 +125,9 @@ class PrecisionCallback(TrainerCallback):
         self.run, self._logged = None, None
         self._notices = Notices(type(self).__name__)
         with self._guarded("does not observe this training"):
-            run = self._make_run(args, state, kwargs["model"])
+            self.run = run = self._make_run(args, state, kwargs["model"])
             if state.global_step:
-                run = self._restore(run, args, state, kwargs["model"])
-            self.run = run
+                self._restore(run, args, state)
             run.attach(*find_optimizers(kwargs["optimizer"]))
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -195,36 +199,32 @@ class PrecisionCallback(TrainerCallback):
 
     def _make_schedule(self, args: TrainingArguments, state: TrainerState) -> Callable[[int], bool]:
         """Return a function that returns True for the numbers of steps that are observed."""
-        if (every := self._every) is not None:
+        every = self._every
+        if every is None and args.logging_strategy != IntervalStrategy.STEPS:
+            every = _EVERY_N_STEPS
+        if every is not None:
             return lambda step: step % every == 0
         # The Trainer computes `logging_steps` of its state from a share of all steps.
         return lambda step: (
             step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
         )
 
-    def _restore(
-        self, run: RunWatch, args: TrainingArguments, state: TrainerState, model: Any
-    ) -> RunWatch:
-        """Return the run with the state of the checkpoint, or a new run if there is none.
+    def _restore(self, run: RunWatch, args: TrainingArguments, state: TrainerState) -> None:
+        """Restore a run from the checkpoint from which the Trainer resumes.
 
-        The Trainer does not tell callbacks which checkpoint it resumes from. It is looked for in
-        the Trainer's argument ``resume_from_checkpoint``, and in ``output_dir``.
+        The Trainer does not tell callbacks which checkpoint that is. It is looked for in the
+        Trainer's argument ``resume_from_checkpoint``, and in ``output_dir``. There, a checkpoint of
+        another training may have the same number; its log then differs.
         """
         given = args.resume_from_checkpoint
         folders = [Path(given)] if isinstance(given, (str, os.PathLike)) else []
         folders += [_find_checkpoint(args.output_dir, state)]
-        file = next((each / STATE_FILE for each in folders if (each / STATE_FILE).exists()), None)
+        files = [folder / STATE_FILE for folder in folders]
+        file = next((each for each in files if each.exists() and _has_log(each, state)), None)
         if file is None:
-            self._notices.give(f"begins anew: {folders[0]} has no {STATE_FILE} of an earlier run")
-            return run
-        try:
-            run.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-        except Exception as error:
-            if self._strict:
-                raise
-            self._notices.give(f"begins anew, because {file} cannot be restored: {error!r}")
-            return self._make_run(args, state, model)
-        return run
+            self._notices.give(f"begins anew: {folders[0]} has no {STATE_FILE} of this training")
+        else:
+            run.restore(file)
 
     @contextmanager
     def _guarded(self, notice: str) -> Iterator[None]:
@@ -265,3 +265,12 @@ def find_optimizers(optimizer: Any) -> list[Any]:
 def _find_checkpoint(folder: str | os.PathLike[str] | None, state: TrainerState) -> Path:
     """Return the folder of the Trainer's checkpoint after the current step."""
     return Path(folder or ".", f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+def _has_log(file: Path, state: TrainerState) -> bool:
+    """Return True if the checkpoint of a file has the log of a Trainer, or has none."""
+    saved = file.with_name(TRAINER_STATE_NAME)
+    if not saved.exists():
+        return True
+    log = TrainerState.load_from_json(str(saved)).log_history
+    return json.dumps(log) == json.dumps(state.log_history)  # as text, since NaN differs from NaN

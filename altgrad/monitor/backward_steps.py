@@ -2,18 +2,21 @@
 
 To save memory, some trainings step each parameter as soon as its gradient is final, inside the
 backward pass, and free the gradient. A hook of the parameter then steps an optimizer of its own,
-or steps a part of one optimizer. A training step is all such steps of one backward pass::
+or steps a part of one optimizer. A training step is all such steps, each of another layer::
 
     backward pass 0:  head  body  stem     one training step, with the index 0
     backward pass 1:  head  body  stem     the next one; it begins as the head is stepped again
+
+A reentrant checkpoint runs a backward pass of its own, whose layers belong to the same training
+step.
 
 Read `schedule` first; `monitor` comes next, which shows a training step as one record.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from weakref import WeakKeyDictionary
+from collections.abc import Collection, Iterable, Iterator
+from weakref import WeakSet
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -22,18 +25,19 @@ from altgrad.measurement.merging import merge_records
 from altgrad.measurement.step_record import StepRecord
 from altgrad.observation.step_hooks import find_backward_pass
 
-_OUTSIDE = -1  # in place of the number of a backward pass
-
 
 class BackwardSteps:
     """The steps of one training step, of optimizers that step inside the backward pass.
+
+    A training step may have several backward passes, as with reentrant checkpoints, and several
+    steps of one optimizer, each of other layers. It ends when a layer is stepped in a second pass.
 
     Attributes:
         index: Index of the training step, from 0; -1 before the first.
         leader: The optimizer that stands for all, in what is kept for each optimizer; None before
             the first training step.
         is_observed: True if the training step is observed, as the owner has decided.
-        expected: Names of the layers with which the training step is complete.
+        expected: Names of the layers with which the training step is complete; empty if unknown.
     """
 
     def __init__(self) -> None:
@@ -41,51 +45,64 @@ class BackwardSteps:
         self.leader: Optimizer | None = None
         self.is_observed = False
         self.expected: Collection[str] = ()
-        self._passes: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+        self._passes: dict[int, int] = {}  # by the `id` of each layer that was stepped
+        self._optimizers: WeakSet[Optimizer] = WeakSet()  # that made these steps
+        self._left: WeakSet[Optimizer] = WeakSet()  # of these, that stepped outside since
         self._records: list[StepRecord] = []
 
     def has(self, optimizer: Optimizer) -> bool:
         """Return True if an optimizer has made a step in the current training step."""
-        return self._passes.get(optimizer, _OUTSIDE) != _OUTSIDE
+        return optimizer in self._optimizers and optimizer not in self._left
 
     @property
     def is_complete(self) -> bool:
-        """True if all expected layers have been observed in the current training step."""
+        """True if all expected layers, of which there are some, have been observed."""
         observed = {name for each in self._records for name in each.layers}
-        return observed.issuperset(self.expected)
+        return bool(self.expected) and observed.issuperset(self.expected)
 
-    def begins(self, optimizer: Optimizer) -> bool:
+    def begins(self, optimizer: Optimizer, layers: Collection[int]) -> bool:
         """Return True if a new training step begins with the coming step of an optimizer.
 
-        It does if the optimizer has stepped already, and in another backward pass. Optimizers may
-        step in several passes of one training step, as with reentrant checkpoints.
+        It does if the optimizer is about to step a layer again, and in another backward pass than
+        before.
 
         Args:
             optimizer: The optimizer that is about to step, inside a backward pass.
+            layers: Result of `find_due`.
         """
-        known = self._passes.get(optimizer)
-        return self.index < 0 or (known is not None and known != find_backward_pass())
+        if self.index < 0 or optimizer in self._left:
+            return True
+        backward_pass = find_backward_pass()
+        return any(self._passes.get(each, backward_pass) != backward_pass for each in layers)
 
     def begin(self, optimizer: Optimizer) -> None:
         """Begin a new training step with the coming step of an optimizer."""
         self.index += 1
         self.leader = self.leader or optimizer
         self._passes.clear()
+        self._optimizers.clear()
+        self._left.clear()
         self._records.clear()
 
-    def join(self, optimizer: Optimizer) -> None:
-        """Count the coming step of an optimizer as a part of the current training step."""
+    def join(self, optimizer: Optimizer, layers: Collection[int]) -> None:
+        """Count the coming step of an optimizer as a part of the current training step.
+
+        Args:
+            optimizer: The optimizer that is about to step, inside a backward pass.
+            layers: Result of `find_due`.
+        """
         backward_pass = find_backward_pass()
         if backward_pass is not None:
-            self._passes[optimizer] = backward_pass
+            self._optimizers.add(optimizer)
+            self._passes.update(dict.fromkeys(layers, backward_pass))
 
     def leave(self, optimizer: Optimizer) -> None:
         """Note that an optimizer makes a step outside of a backward pass.
 
         Its next step inside of one begins a new training step.
         """
-        if optimizer in self._passes:
-            self._passes[optimizer] = _OUTSIDE
+        if optimizer in self._optimizers:
+            self._left.add(optimizer)
 
     def add(self, record: StepRecord) -> None:
         """Keep the record of an observed step, until `take_record` takes it."""
@@ -112,5 +129,29 @@ class BackwardSteps:
 
 def has_gradients(optimizer: Optimizer) -> bool:
     """Return True if a parameter of an optimizer has a gradient."""
-    groups: list[list[Tensor]] = [group["params"] for group in optimizer.param_groups]
-    return any(each.grad is not None for parameters in groups for each in parameters)
+    return next(_find_with_gradients(optimizer), None) is not None
+
+
+def is_accumulating(optimizer: Optimizer) -> bool:
+    """Return True if steps in backward add gradients to an optimizer's states, and move no weight.
+
+    References:
+        ``optimi/optimizer.py`` (OptimiOptimizer.optimizer_accumulation)
+    """
+    return getattr(optimizer, "optimizer_accumulation", False) is True
+
+
+def find_due(optimizer: Optimizer) -> list[int]:
+    """Return the `id` of each layer that an optimizer is about to step.
+
+    If none has a gradient, these layers are unknown, and the optimizer stands for them.
+    """
+    return [id(each) for each in _find_with_gradients(optimizer)] or [id(optimizer)]
+
+
+def _find_with_gradients(optimizer: Optimizer) -> Iterator[Tensor]:
+    """Yield the parameters of an optimizer that have a gradient."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                yield parameter

@@ -1,10 +1,11 @@
 """`BypassDetector`: find layers whose weights change outside of the steps that are observed.
 
-There are three signs. Other optimizers of the process, which torch's global hooks show, step the
+There are four signs. Other optimizers of the process, which torch's global hooks show, step the
 layers. The attached optimizer no longer has the layers, as after sharding. Or a few weights of a
 layer have changed since an earlier look, and its optimizer has called its hooks for no step since.
-A look costs no more than an observed step. `monitor` looks in `attach` and `detach`, and on
-request.
+Or they have changed, gradients have hooks that may move weights, and the observed steps moved
+nothing. A look costs no more than an observed step. `monitor` looks in `attach` and `detach`, and
+on request.
 
 Read `altgrad.observation.bypass_reason` first; `monitor` comes next.
 """
@@ -20,11 +21,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from altgrad.observation.bypass_reason import (
+    explain_idle_steps,
     explain_lost_layers,
     explain_other_steps,
     explain_steps_in_backward,
     find_bypass_reason,
     find_other_optimizers,
+    has_gradient_hooks,
     is_stepped_in_backward,
 )
 from altgrad.observation.dtensor import is_sharded
@@ -91,6 +94,8 @@ class BypassDetector:
         # The layers of each optimizer: when it was attached, and when it was last seen to step.
         self._first: WeakKeyDictionary[StepHooks[Any], _Look] = WeakKeyDictionary()
         self._last: WeakKeyDictionary[StepHooks[Any], _Look] = WeakKeyDictionary()
+        # The number of observed steps of an optimizer, and True if none of them moved a weight.
+        self._observed: WeakKeyDictionary[Optimizer, tuple[int, bool]] = WeakKeyDictionary()
 
     def begin(self, attached: Sequence[StepHooks[Any]]) -> None:
         """Copy a few weights of the layers of optimizers just attached, to compare them later.
@@ -102,12 +107,23 @@ class BypassDetector:
         if not any(hooks in self._first for hooks in attached):
             self._first.clear()
             self._last.clear()
+            self._observed.clear()
             self._all = WeightSample(self._find_measured())
             self._others.start()
         for hooks in attached:
             optimizer = hooks.optimizer
             if hooks not in self._first and optimizer is not None:
                 self._first[hooks] = self._last[hooks] = self._look(hooks, optimizer, attached)
+
+    def note_step(self, optimizer: Optimizer, *, has_moved: bool) -> None:
+        """Note an observed step of an optimizer.
+
+        Args:
+            optimizer: The optimizer, which has just stepped.
+            has_moved: True if the step moved a weight.
+        """
+        steps, are_idle = self._observed.get(optimizer, (0, True))
+        self._observed[optimizer] = steps + 1, are_idle and not has_moved
 
     def end(self) -> None:
         """Stop listening to the steps of other optimizers."""
@@ -193,7 +209,8 @@ class BypassDetector:
         """Return layers that have changed, although no step of their optimizer called its hooks.
 
         A few weights of each layer are compared with copies of them. Of an optimizer that has
-        stepped since the copy, the weights are copied anew instead.
+        stepped since the copy, the weights are copied anew, and compared only if its observed steps
+        moved nothing.
         """
         found: list[Bypass] = []
         for hooks in attached:
@@ -202,10 +219,29 @@ class BypassDetector:
                 continue
             has_stepped = hooks.index != last.counts[hooks]
             if has_stepped and optimizer is not None:
+                found += self._find_moved_by_hooks(optimizer, last, parameters)
                 self._last[hooks] = self._look(hooks, optimizer, attached)
             else:
                 found += self._compare(hooks, last, attached, parameters)
         return found
+
+    def _find_moved_by_hooks(
+        self, optimizer: Optimizer, last: _Look, parameters: Mapping[str, Tensor]
+    ) -> list[Bypass]:
+        """Return layers that hooks of their gradients move, while `step` does nothing.
+
+        At least two steps must have been observed: a single one may have been rounded away.
+        """
+        steps, are_idle = self._observed.get(optimizer, (0, False))
+        if steps < 2 or not are_idle:
+            return []
+        known = {
+            name: parameters[name]
+            for name in last.names
+            if name in parameters and has_gradient_hooks(parameters[name])
+        }
+        moved = last.sample.find_changed(known)
+        return [Bypass(moved, explain_idle_steps(last.kind))] if moved else []
 
     def _find_unattached(self, attached: Sequence[StepHooks[Any]]) -> list[Bypass]:
         """Return layers that moved and belong to optimizers that are not observed."""
@@ -301,7 +337,7 @@ class BypassDetector:
         optimizers = [each.optimizer for each in attached if each.optimizer is not None]
         reason = find_bypass_reason(look.kind, hooks.optimizer, moved, optimizers)
         # Such hooks often change gradients only, so that they count where no step was ever seen.
-        if reason is None and not hooks.index and any(each._backward_hooks for each in moved):  # noqa: SLF001
+        if reason is None and not hooks.index and any(map(has_gradient_hooks, moved)):
             return explain_steps_in_backward()
         return reason
 

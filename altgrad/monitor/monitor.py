@@ -43,7 +43,12 @@ from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.step_record import StepRecord, step_record
 from altgrad.measurement.twin_figures import TwinValues
 from altgrad.measurement.twin_parts import TwinShare
-from altgrad.monitor.backward_steps import BackwardSteps, has_gradients
+from altgrad.monitor.backward_steps import (
+    BackwardSteps,
+    find_due,
+    has_gradients,
+    is_accumulating,
+)
 from altgrad.monitor.bypass import BypassDetector
 from altgrad.monitor.describe import describe_layers
 from altgrad.monitor.engine import Engine
@@ -506,6 +511,7 @@ class UpdateMonitor:
         Returns:
             A notice for each optimizer with such layers, which says why.
         """
+        self._end_backward_step()
         hooks, parameters = self._observer.hooks, self._observer.parameters
         unseen = self._bypasses.find_unseen(hooks, parameters, self._last_seen, self.skipped)
         return [f"never observed {few(names)}: {reason}" for names, reason in unseen]
@@ -611,6 +617,8 @@ class UpdateMonitor:
             are_new = self._peers.before_step(optimizer)
             if self._scale_state.prepare(self._stepped, self._peers, are_new=are_new):
                 self._change_scales()
+            if not self.recipes:
+                self._starts.begin([optimizer])  # layers that it has got since `attach`
         return True
 
     def _check_sharding(self, optimizer: Optimizer) -> None:
@@ -634,7 +642,8 @@ class UpdateMonitor:
     def _decide(self, optimizer: Optimizer, index: int) -> bool:
         """Return True if the coming step is to be observed.
 
-        All steps of one training step inside a backward pass get the same answer.
+        All steps of one training step inside a backward pass get the same answer. Steps that only
+        accumulate gradients are no part of any.
 
         Args:
             optimizer: The optimizer that is about to step.
@@ -647,13 +656,16 @@ class UpdateMonitor:
                 return False
             steps.leave(optimizer)
             return self._is_affordable(optimizer, index)
+        if is_accumulating(optimizer):
+            return False
+        layers = find_due(optimizer)
         with self._lock:
-            if steps.begins(optimizer):
+            if steps.begins(optimizer, layers):
                 self._end_backward_step()
                 steps.begin(optimizer)
                 steps.is_observed = self._is_affordable(steps.leader or optimizer, steps.index)
                 steps.expected = self._find_in_backward() if steps.is_observed else ()
-            steps.join(optimizer)
+            steps.join(optimizer, layers)
         return steps.is_observed
 
     def _find_in_backward(self) -> list[str]:
@@ -795,6 +807,7 @@ class UpdateMonitor:
         seconds = record.own_seconds, record.training_seconds
         self._policy.charge(optimizer, record.index, seconds)
         self.latest = record
+        self._bypasses.note_step(optimizer, has_moved=record.model["update_rms"] != 0)
         self._known_losses.check_stepped(optimizer)
 
     def _change_scales(self) -> None:

@@ -63,7 +63,8 @@ class StartWeights:
     """The weights of each layer at the start, to find later how many have moved since.
 
     Only layers in 16 bits, and those that a `WeightStorage` rounds, are kept: nearly all weights of
-    others differ from the start after a step.
+    others differ from the start after a step. A layer that an optimizer gets later begins just
+    before its first observed step, so that figures of the model join layers of different starts.
 
     Args:
         source: The layers and their samples.
@@ -91,6 +92,8 @@ class StartWeights:
                 if is_low and not is_known and self._can_sample(name, parameter):
                     indices = self._source.draw(name, parameter.shape, 1).to(parameter.device)
                     new[name] = parameter.detach(), indices
+        if not new:
+            return
         weights = _gather(new.values())
         for (name, (parameter, indices)), own in zip(new.items(), weights, strict=True):
             self._starts[name] = _Start(indices, own, parameter.numel())
@@ -151,8 +154,13 @@ class StartWeights:
         """Restore the weights at the start from a result of `state_dict`.
 
         Raises:
-            ValueError: The weights of a layer are damaged.
+            ValueError: The state, or the weights of a layer, are damaged.
         """
+        if not isinstance(state, Mapping):
+            raise ValueError(  # noqa: TRY004 - a damaged state, as the errors of its entries
+                f"starts={str(state)[:60]}: expected the weights of each layer by name; leave out "
+                "load_state_dict() to begin anew"
+            )
         for name, each in state.items():
             if not _is_whole(each):
                 raise ValueError(
@@ -202,5 +210,7 @@ def _is_whole(start: object) -> bool:
     indices, weights, elements = start
     if not (isinstance(indices, Tensor) and isinstance(weights, Tensor)):
         return False
-    is_inside = isinstance(elements, int) and bool((indices < elements).all())
+    if not isinstance(elements, int) or isinstance(elements, bool):
+        return False
+    is_inside = bool(((indices >= 0) & (indices < elements)).all())
     return is_inside and indices.dtype == torch.int64 and indices.shape == weights.shape

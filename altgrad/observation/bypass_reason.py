@@ -9,10 +9,10 @@ Read `optimizers` and `step_hooks` first. `altgrad.monitor.bypass` finds weights
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from altgrad.observation.optimizers import USE_FSDP2, find_wrapped, is_flattened
 from altgrad.observation.step_hooks import was_hooked
@@ -118,6 +118,19 @@ def explain_steps_in_backward(kind: str = "an optimizer") -> str:
     )
 
 
+def explain_idle_steps(kind: str) -> str:
+    """Return the reason and the remedy for layers that only hooks of their gradients move.
+
+    Args:
+        kind: Name of the class of the attached optimizer, whose observed steps moved nothing.
+    """
+    return (
+        f"step() of {kind} moved nothing in any observed step, and their gradients have hooks, "
+        "which step inside the backward pass; attach each optimizer that these hooks step; if there"
+        " is none, such steps cannot be observed"
+    )
+
+
 def _explain_two_steps(kind: str) -> str:
     return (
         f"{kind} steps by first_step() and second_step(), which call no hooks; attach the "
@@ -130,8 +143,8 @@ def find_other_optimizers(
 ) -> dict[int, str]:
     """Find optimizers in this process that step some parameters and were never observed.
 
-    Optimizers that another monitor observes, or that were observed earlier, are not returned: the
-    user knows of them.
+    Optimizers that have made no step yet, as their states tell, are not returned. Nor are those
+    that another monitor observes, or that were observed earlier: the user knows of them.
 
     Args:
         parameters: The parameters.
@@ -149,7 +162,7 @@ def find_other_optimizers(
         positions[identity]: type(each).__name__
         for each in optimizers
         if not any(id(one) in seen or was_hooked(one) for one in find_wrapped(each))
-        for identity in positions.keys() & _read_parameters(each)
+        for identity in positions.keys() & _read_stepped(each)
     }
 
 
@@ -161,6 +174,13 @@ def is_stepped_in_backward(parameter: Tensor) -> bool:
     return any(getattr(parameter, name, None) for name in names)
 
 
+def has_gradient_hooks(parameter: Tensor) -> bool:
+    """Return True if a parameter has hooks of any kind on its gradient, which may also step it."""
+    # Hooks of Tensor.register_hook are under this private name.
+    hooks = parameter._backward_hooks  # noqa: SLF001
+    return bool(hooks) or is_stepped_in_backward(parameter)
+
+
 def _is_step_replaced(optimizer: Optimizer) -> bool:
     """Return True if code has replaced `step` on this object, other than a torch scheduler."""
     step = vars(optimizer).get("step")
@@ -169,9 +189,17 @@ def _is_step_replaced(optimizer: Optimizer) -> bool:
     return step is not None and not hasattr(step, "_wrapped_by_lr_sched")
 
 
-def _read_parameters(optimizer: Optimizer) -> set[int]:
-    """Return the `id` of each of an optimizer's parameters."""
+def _read_stepped(optimizer: Optimizer) -> set[int]:
+    """Return the `id` of each parameter that an optimizer may have stepped so far.
+
+    An optimizer without a state for a parameter has not stepped it: a loop may keep one that it no
+    longer uses. SGD keeps no state without momentum, and objects without a state are wrappers.
+    """
     try:
-        return {id(each) for group in optimizer.param_groups for each in group["params"]}
+        parameters = [each for group in optimizer.param_groups for each in group["params"]]
+        state = getattr(optimizer, "state", None)
+        if isinstance(state, Mapping) and not isinstance(optimizer, SGD):
+            parameters = [each for each in parameters if each in state]
+        return {id(each) for each in parameters}
     except Exception:  # noqa: BLE001 - an object whose constructor has not run may lack anything
         return set()

@@ -307,7 +307,7 @@ class Output:
         """
         total = record.own_seconds + record.training_seconds * max(step - self._last_step, 1)
         return {
-            "own_share": (record.own_seconds + self._write_seconds) / total,
+            "own_share": (record.own_seconds + self._write_seconds) / total if total else 0.0,
             "elements": float(record.model.elements),
             "skipped_steps": float(skipped),
         }

@@ -151,6 +151,70 @@ def test_a_saved_state_goes_on_with_the_run(tmp_path: Path) -> None:
     assert read(tmp_path).steps == (1, 3, 5)
 
 
+def train_from(folder: Path, saved: Path, *, is_watched: bool) -> RunWatch | None:
+    """Load a checkpoint of an Accelerator, and train two steps."""
+    forget()
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(*make_training())
+    run = None
+    if is_watched:
+        run = watch(accelerator, model, optimizer, folder, formats=FORMAT, every_n_steps=1)
+    accelerator.load_state(saved)
+    train(model, optimizer, 2, accelerator.backward)
+    if run is not None:
+        run.close()
+    return run
+
+
+def test_a_checkpoint_without_the_run_begins_anew_with_a_notice(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(*make_training())
+    accelerator.save_state(tmp_path / "saved")
+    with pytest.warns(UserWarning, match="begins anew: .*saved has no altgrad.pt") as caught:
+        train_from(tmp_path, tmp_path / "saved", is_watched=True)
+    assert len(caught) == 1
+    assert read(tmp_path).steps == (0, 1)
+
+
+def test_a_checkpoint_with_the_run_is_loaded_without_it(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    watched, _, _ = train_watched(tmp_path, accelerator, is_first=False)
+    accelerator.save_state(tmp_path / "saved")
+    watched.close()
+    train_from(tmp_path, tmp_path / "saved", is_watched=False)
+
+
+def test_a_damaged_state_begins_anew_with_a_notice(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    watched, _, _ = train_watched(tmp_path / "first", accelerator, is_first=False)
+    accelerator.save_state(tmp_path / "saved")
+    watched.close()
+    (tmp_path / "saved" / "altgrad.pt").write_bytes(b"no state")
+    with pytest.warns(UserWarning, match="begins anew, because .*altgrad.pt cannot be") as caught:
+        train_from(tmp_path / "second", tmp_path / "saved", is_watched=True)
+    assert len(caught) == 1
+    assert read(tmp_path / "second").steps == (0, 1)
+
+
+def test_a_run_goes_back_to_its_checkpoint_until_it_is_closed(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(*make_training())
+    runs = [  # each has a file of its own in the checkpoint
+        watch(accelerator, model, optimizer, tmp_path / name, formats=FORMAT, every_n_steps=1)
+        for name in "ab"
+    ]
+    train(model, optimizer, 2, accelerator.backward)
+    accelerator.save_state(tmp_path / "saved")
+    train(model, optimizer, 3, accelerator.backward)
+    accelerator.load_state(tmp_path / "saved")
+    train(model, optimizer, 1, accelerator.backward)
+    for each, name in zip(runs, "ab", strict=True):
+        each.close()
+        assert [path.name for path in (tmp_path / name).glob("*.jsonl")] == ["altgrad.jsonl"]
+        assert read(tmp_path / name).steps == (0, 1, 2)
+    accelerator.load_state(tmp_path / "saved")  # such as the best checkpoint at the end
+
+
 # --- several processes
 
 

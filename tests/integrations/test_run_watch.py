@@ -4,6 +4,7 @@ import gc
 import json
 import subprocess
 import sys
+import threading
 import warnings
 import weakref
 from pathlib import Path
@@ -173,17 +174,60 @@ def test_a_run_that_is_resumed_elsewhere_names_its_predecessor(tmp_path: Path) -
     assert read(resumed.path).steps == (1, 3, 5)
 
 
+@pytest.mark.parametrize("kept", [{"formats": "bf16"}, {"formats": "bf16", "recipes": ()}])
+def test_a_resumed_run_with_fewer_formats_and_recipes_is_judged(
+    tmp_path: Path, kept: dict[str, Any]
+) -> None:
+    training = make_training()
+    formats, recipes = ["bf16", "e4m3fn"], ["bf16", "e4m3fn-sr"]
+    with altgrad.watch(
+        *training, tmp_path, every_n_steps=1, formats=formats, recipes=recipes
+    ) as run:
+        train(*training, 2)
+    kept, notices = {"recipes": "bf16", **kept}, []
+    resumed = altgrad.watch(
+        *training, tmp_path, every_n_steps=1, state=run.state_dict(), warn=notices.append, **kept
+    )
+    train(*training, 2)
+    resumed.close()
+    assert {"e4m3fn", "e4m3fn-sr"} <= {*run.assessment.runs}
+    assert {*resumed.assessment.runs} == {"bf16"}
+    assert all("never_moved_frac" in each for each in notices)
+
+
 def test_a_state_without_its_entries_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"state=\['monitor'\]: expected the entries of RunWatch"):
         altgrad.watch(*make_training(), tmp_path, state={"monitor": {}})
 
 
-def test_a_state_is_refused_after_the_first_step(tmp_path: Path) -> None:
+def test_a_state_takes_a_run_back_in_its_file(tmp_path: Path) -> None:
     model, optimizer = make_training()
-    run = altgrad.watch(model, optimizer, tmp_path)
+    run = altgrad.watch(model, optimizer, tmp_path, formats=FORMAT, every_n_steps=1)
+    train(model, optimizer, 3)
+    weights, state = clone_weights(model), run.state_dict()
+    train(model, optimizer, 4)
+    with torch.no_grad():
+        for parameter, before in zip(model.parameters(), weights, strict=True):
+            parameter.copy_(before)
+    run.load_state_dict(state)
     train(model, optimizer, 1)
-    with pytest.raises(RuntimeError, match="expected a run before its first step"):
-        run.load_state_dict(run.state_dict())
+    assert_true(run.latest.layers, NAMES, optimizer.steps[-1])
+    run.close()
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".jsonl"] == [run.path.name]
+    assert read(tmp_path).steps == (0, 1, 2, 3)
+
+
+def test_a_damaged_state_leaves_a_run_as_it_is(tmp_path: Path) -> None:
+    model, optimizer = make_training()
+    run = altgrad.watch(model, optimizer, tmp_path, every_n_steps=1)
+    train(model, optimizer, 2)
+    state = run.state_dict()
+    del state["monitor"]["scales"]
+    with pytest.raises(ValueError, match="scales"):
+        run.load_state_dict(state)
+    train(model, optimizer, 1)
+    run.close()
+    assert read(tmp_path).steps == (0, 1, 2)
 
 
 def test_steps_of_two_optimizers_with_one_number_share_a_record(tmp_path: Path) -> None:
@@ -216,6 +260,96 @@ def test_an_optimizer_that_steps_rarely_is_numbered_by_the_other(tmp_path: Path)
     steps = {row.step for row in read(tmp_path).rows if row.layer == "3.bias"}
     assert steps == {5}  # its second step, in the sixth batch
     assert read(tmp_path).steps == (1, 3, 5)
+
+
+def make_phases() -> tuple[nn.Module, RecordingAdamW, RecordingAdamW]:
+    """Return a model, and two optimizers of a part of its layers each."""
+    model = make_model()
+    return model, *(RecordingAdamW(model[k].parameters(), lr=1e-3) for k in (0, 3))
+
+
+def list_steps(folder: Path, layer: str) -> list[int]:
+    return [row.step for row in read(folder).rows if row.layer == layer]
+
+
+def test_optimizers_in_phases_keep_all_their_records(tmp_path: Path) -> None:
+    """The first step of the second one shares the number of the last step of the first one."""
+    model, first, second = make_phases()
+    run = altgrad.watch(model, [first, second], tmp_path, formats=FORMAT, every_n_steps=2)
+    train(model, first, 10)
+    train(model, second, 10)
+    assert run.state_dict()["steps"] == 19
+    run.close()
+    assert list_steps(tmp_path, "0.bias") == [1, 3, 5, 7, 9]
+    assert list_steps(tmp_path, "3.bias") == [9, 11, 13, 15, 17]
+    assert_true(run.latest.layers, ["3.weight", "3.bias"], second.steps[8])
+
+
+def test_an_optimizer_that_is_attached_in_mid_run_goes_on_counting(tmp_path: Path) -> None:
+    model, first = make_training()
+    run = altgrad.watch(model, first, tmp_path, formats=FORMAT, every_n_steps=2)
+    train(model, first, 5)
+    second = RecordingAdamW(model.parameters(), lr=1e-2)
+    run.attach(second)
+    train(model, second, 5)
+    run.close()
+    assert read(tmp_path).steps == (1, 3, 5, 7, 9)
+    assert len(read(tmp_path).rows) == 5 * (len(NAMES) + 1)
+    assert_true(run.latest.layers, NAMES, second.steps[4])
+
+
+def test_an_optimizer_that_is_dropped_in_mid_run_is_freed(tmp_path: Path) -> None:
+    model, first = make_training()
+    run = altgrad.watch(model, first, tmp_path, every_n_steps=1)
+    train(model, first, 1)
+    dropped = weakref.ref(first)
+    run.attach(torch.optim.SGD(model.parameters(), lr=1e-3))
+    del first
+    gc.collect()
+    assert dropped() is None
+    run.close()
+
+
+def test_optimizers_of_two_threads_keep_all_their_records(tmp_path: Path) -> None:
+    model, *halves = make_phases()
+    run = altgrad.watch(model, halves, tmp_path, formats=FORMAT, every_n_steps=1)
+    parts = zip([model[0], model[3]], halves, [8, 16], strict=True)
+
+    def train_part(part: nn.Module, optimizer: RecordingAdamW, size: int) -> None:
+        for _ in range(20):
+            optimizer.zero_grad()
+            part(torch.ones(2, size)).square().mean().backward()
+            optimizer.step()
+
+    threads = [threading.Thread(target=train_part, args=each) for each in parts]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    run.close()
+    assert len(list_steps(tmp_path, "0.bias")) == len(list_steps(tmp_path, "3.bias")) == 20
+
+
+def test_a_step_of_all_optimizers_is_written_at_once(tmp_path: Path) -> None:
+    model, *halves = make_phases()
+    run = altgrad.watch(model, halves, tmp_path, every_n_steps=1)
+    model(torch.randn(4, 8)).square().mean().backward()
+    for each in halves:
+        assert run.latest is None
+        each.step()
+    assert read(tmp_path).steps == (0,)  # also if the process is killed now
+    run.close()
+
+
+def test_a_closed_run_is_attached_to_no_optimizer(tmp_path: Path) -> None:
+    model, optimizer = make_training()
+    run = altgrad.watch(model, optimizer, tmp_path, every_n_steps=1)
+    state = run.state_dict()
+    run.close()
+    with pytest.raises(RuntimeError, match="attach: expected a run that is not closed"):
+        run.attach(optimizer)
+    with pytest.raises(RuntimeError, match="load_state_dict: expected a run that is not closed"):
+        run.load_state_dict(state)
 
 
 def test_a_summary_writer_gets_figures_pictures_and_verdicts(tmp_path: Path) -> None:

@@ -160,6 +160,32 @@ def test_a_resumed_training_in_another_folder_names_the_file_before(tmp_path: Pa
     assert read(resumed.run.path).steps == (2, 4, 6)
 
 
+def test_a_checkpoint_of_another_training_is_not_taken(tmp_path: Path) -> None:
+    """Both trainings have a checkpoint after step 3; only ``train`` is told which one is meant."""
+    saving = {"save_strategy": "steps", "save_steps": 3, "logging_steps": 1}
+    for name, rate in (("a", 1e-3), ("b", 0.1)):
+        callback = PrecisionCallback(formats=FORMAT, recipes=())
+        make_trainer(tmp_path / name, callback, learning_rate=rate, **saving).train()
+    resumed = PrecisionCallback(formats=FORMAT, recipes=())
+    trainer = make_trainer(tmp_path / "b", resumed, **saving)
+    with pytest.warns(UserWarning, match="begins anew"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    assert read(resumed.run.path).steps == (4, 5, 6)
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "no"])
+def test_a_trainer_that_does_not_log_every_few_steps_is_observed(
+    tmp_path: Path, strategy: str
+) -> None:
+    callback = PrecisionCallback(formats=FORMAT, recipes=())
+    options = {"logging_strategy": strategy, "logging_steps": 500, "max_steps": 20}
+    trainer = make_trainer(tmp_path, callback, **options)
+    trainer.train()
+    assert read(callback.run.path).steps == (10, 20)
+    logs = [each for each in trainer.state.log_history if "loss" in each]
+    assert all("altgrad/kept_update_ratio/bf16" in each for each in logs)
+
+
 @pytest.mark.parametrize("content", [None, b"damaged"])
 def test_a_training_whose_state_is_lost_begins_a_new_file(
     tmp_path: Path, content: bytes | None

@@ -4,6 +4,7 @@ The oracle is one optimizer that steps all layers after the backward pass. With 
 equal bit for bit, since no gradient depends on a step of the same backward pass.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -167,14 +168,49 @@ class Checkpointed(nn.Sequential):
         return checkpoint(nn.Sequential(*[*self][1:]), hidden, use_reentrant=True)
 
 
-def test_a_reentrant_checkpoint_is_a_part_of_the_training_step() -> None:
+@pytest.mark.parametrize("way", IN_BACKWARD)
+def test_a_reentrant_checkpoint_is_a_part_of_the_training_step(way: Any) -> None:
     model, records = Checkpointed(*net()), []
     monitor = UpdateMonitor(model, records.append, strict=True)
-    with monitor.attach(*step_each_parameter(model)):
+    with monitor.attach(*way(model)):
         for step in range(3):
             backward(model, step)
     assert [each.index for each in records] == [0, 1, 2]
     assert {len(each.layers) for each in records} == {8}
+
+
+def step_in_hooks_of_nodes(model: nn.Module) -> list[Optimizer]:
+    optimizers = []
+    for parameter in model.parameters():
+        optimizer = SGD([parameter], lr=0.1)
+        node = parameter.view_as(parameter).grad_fn.next_functions[0][0]
+        node.register_hook(lambda *_, each=optimizer: each.step() or each.zero_grad())
+        optimizer.node = node  # which autograd holds weakly
+        optimizers.append(optimizer)
+    return optimizers
+
+
+def step_in_hooks_of_tensors(model: nn.Module) -> list[Optimizer]:
+    optimizers = {each: SGD([each], lr=0.1) for each in model.parameters()}
+
+    def step(parameter: Tensor, gradient: Tensor) -> None:
+        parameter.grad = gradient.clone()
+        optimizers[parameter].step()
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_hook(functools.partial(step, parameter))
+    return [*optimizers.values()]
+
+
+@pytest.mark.parametrize("way", [step_in_hooks_of_nodes, step_in_hooks_of_tensors])
+def test_hooks_of_other_kinds_make_one_record_per_training_step(way: Any) -> None:
+    def loop(model: nn.Module, _: Sequence[Optimizer], step: int) -> None:
+        backward(model, step)
+        model.zero_grad()
+
+    records, _, _ = watch(way, loop)
+    assert [(each.index, len(each.layers)) for each in records] == [(k, 8) for k in range(STEPS)]
 
 
 def test_intervals_of_single_layers_count_training_steps() -> None:
@@ -243,3 +279,27 @@ def test_gradient_release_has_one_record_per_training_step() -> None:
     for record, truth in zip(records, expected, strict=True):
         assert record.model["update_rms"] == pytest.approx(truth.model["update_rms"], rel=1e-5)
         assert [*record.layers] == [*truth.layers]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_micro_batches_of_gradient_release_are_no_training_steps(every: int) -> None:
+    optimi = pytest.importorskip("optimi")
+    moves, records, model = [], [], net()
+    optimizer = optimi.AdamW(model.parameters(), lr=0.01, gradient_release=True)
+    optimi.prepare_for_gradient_release(model, optimizer)
+    options = {"recipes": (), "every_n_steps": every, "max_elements": None, "strict": True}
+    monitor = UpdateMonitor(model, records.append, **options)
+    with monitor.attach(optimizer):
+        for step in range(9):
+            before = torch.cat([each.detach().flatten() for each in model.parameters()])
+            optimizer.optimizer_accumulation = step % 3 < 2
+            backward(model, step)
+            if step % 3 == 2:
+                optimizer.step()
+                optimizer.zero_grad()
+                after = torch.cat([each.detach().flatten() for each in model.parameters()])
+                moves.append((after - before).double().square().mean().sqrt().item())
+    assert [each.index for each in records] == [*range(3)][every - 1 :: every]
+    sizes = [each.model["update_rms"] for each in records]
+    assert sizes == pytest.approx(moves[every - 1 :: every], rel=1e-6)
+    assert not monitor.skipped

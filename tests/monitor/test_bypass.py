@@ -225,6 +225,18 @@ def test_edits_between_steps_are_no_bypass(edit: Callable[..., None], every: int
     assert monitor.latest is not None
 
 
+def test_weights_that_are_loaded_beside_an_idle_optimizer_are_no_bypass() -> None:
+    model = net()
+    idle, optimizer = (AdamW(model.parameters()) for _ in range(2))
+    with UpdateMonitor(model, formats="bf16", strict=True).attach(optimizer) as monitor:
+        for steps in (0, 2, 0):  # a warning would be an error
+            train(model, optimizer, steps)
+            monitor.warn_about_bypasses()
+            swap_for_good(model, optimizer)
+            monitor.warn_about_bypasses()
+    assert not idle.state
+
+
 def test_a_layer_that_two_attached_optimizers_step_is_no_bypass() -> None:
     model = net()
     first, second = SGD(model.parameters(), lr=0.1), SGD(model.parameters(), lr=0.1)

@@ -1,6 +1,7 @@
 """`BypassDetector`: steps that nobody observes while the attached optimizer steps as well."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -147,6 +148,35 @@ def step_flat_copies(model: nn.Module, optimizer: Optimizer) -> None:
     parts = model.flat[0].split([each.numel() for each in model.layers])
     for layer, part in zip(model.layers, parts, strict=True):
         layer.data.copy_(part.view_as(layer))
+
+
+class ByHooksBesideAnIdleStep(Optimizer):
+    """An optimizer that steps in hooks, leaves gradients where they are, and has an idle `step`."""
+
+    def __init__(self, model: nn.Module, register: str) -> None:
+        super().__init__(model.parameters(), {})
+        for parameter in model.parameters():
+            getattr(parameter, register)(functools.partial(self.step_one, parameter))
+
+    @torch.no_grad()
+    def step_one(self, parameter: Tensor, _: Tensor) -> None:
+        parameter -= 0.1 * (parameter + 1)
+
+    def step(self, closure: Any = None) -> None:
+        """Do nothing, because backward has stepped."""
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+@pytest.mark.parametrize("recipes", [(), None])
+def test_an_optimizer_with_an_idle_step_is_told_of(recipes: Any, register: str) -> None:
+    notices = watch(lambda model: ByHooksBesideAnIdleStep(model, register), train, recipes=recipes)
+    (told,) = [each for each in notices if "cannot see" in each]
+    assert told == (
+        "cannot see what moves 0.weight, 0.bias, 1.weight and 3 more: step() of "
+        "ByHooksBesideAnIdleStep moved nothing in any observed step, and their gradients have "
+        "hooks, which step inside the backward pass; attach each optimizer that these hooks step; "
+        "if there is none, such steps cannot be observed"
+    )
 
 
 def test_an_optimizer_whose_groups_become_flat_copies_is_told_of() -> None:

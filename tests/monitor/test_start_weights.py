@@ -128,6 +128,22 @@ def test_layers_without_a_step_or_with_other_dtypes_keep_their_own_figures() -> 
     }
 
 
+def test_layers_that_an_optimizer_gets_later_begin_with_their_first_observed_step() -> None:
+    model = net()
+    model[0].requires_grad_(False)
+    rest = [each for each in model.parameters() if each.requires_grad]
+    optimizer = SGD(rest, lr=0.05)
+    monitor = UpdateMonitor(model, formats="e4m3fn", recipes=(), every_n_steps=2, strict=True)
+    with monitor.attach(optimizer):
+        train(model, optimizer, 3)
+        model[0].requires_grad_(True)
+        optimizer.add_param_group({"params": [*model[0].parameters()]})
+        start = copy.deepcopy(model)
+        train(model, optimizer, 3)
+    assert monitor.latest.layers["0.bias"][KEY] == compare(model, start)["0.bias"] > 0
+    assert 0 < monitor.latest.model[KEY] < 1
+
+
 def test_twins_have_the_figure_where_there_are_any() -> None:
     model = net()
     start = copy.deepcopy(model)
@@ -159,6 +175,8 @@ DAMAGED = [
     (INDICES, torch.ones(3), 2),
     (INDICES.double(), torch.ones(3), 8),
     (INDICES, None, 8),
+    (INDICES - 1, torch.ones(3), 8),
+    (INDICES[:1], torch.ones(1), True),
 ]
 
 
@@ -167,6 +185,14 @@ def test_a_damaged_state_is_an_error_that_names_the_layer(start: Any) -> None:
     monitor = UpdateMonitor(net(), recipes=())
     state = monitor.state_dict() | {"starts": {"2.bias": start}}
     with pytest.raises(ValueError, match=r"^starts of 2\.bias is .*: expected places, weights and"):
+        monitor.load_state_dict(state)
+
+
+@pytest.mark.parametrize("starts", [None, [1]])
+def test_a_state_without_layers_is_an_error(starts: Any) -> None:
+    monitor = UpdateMonitor(net(), recipes=())
+    state = monitor.state_dict() | {"starts": starts}
+    with pytest.raises(ValueError, match=r"^starts=.*: expected the weights of each layer by name"):
         monitor.load_state_dict(state)
 
 

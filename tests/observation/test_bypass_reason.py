@@ -43,6 +43,9 @@ def test_a_replaced_step_is_a_sign(layer: nn.Linear) -> None:
 
 def test_another_optimizer_is_a_sign_and_its_class_is_named(layer: nn.Linear) -> None:
     optimizer, other = SGD(layer.parameters(), lr=0.1), AdamW([layer.bias])
+    assert explain(layer, optimizer, optimizer) is None  # it has not stepped yet
+    layer(torch.ones(1, 3)).sum().backward()
+    other.step()
     reason = explain(layer, optimizer, optimizer)
     assert reason == "AdamW has these layers, too, and is not attached; attach it"
     assert explain(layer, optimizer, optimizer, other) is None

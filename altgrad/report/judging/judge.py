@@ -258,20 +258,28 @@ class Judge:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the tallies that `state_dict` returned, now or in version 0.1.0."""
+        """Restore the tallies that `state_dict` returned, now or in version 0.1.0.
+
+        Tallies of recipes and formats that are not judged here are left out.
+        """
         if {*state} != {"twins", "steps"}:
             self._twins = {layer: {} for layer in state}
             self._steps = {
-                layer: {name: StepTally.from_old_state(each) for name, each in own.items()}
+                layer: {
+                    name: StepTally.from_old_state(each)
+                    for name, each in own.items()
+                    if name in self._formats
+                }
                 for layer, own in state.items()
             }
             return
+        recipes = self._list_twins()
         self._twins = {
-            layer: {name: TwinTally.from_state(each) for name, each in own.items()}
+            layer: {n: TwinTally.from_state(each) for n, each in own.items() if n in recipes}
             for layer, own in state["twins"].items()
         }
         self._steps = {
-            layer: {name: StepTally.from_state(each) for name, each in own.items()}
+            layer: {n: StepTally.from_state(each) for n, each in own.items() if n in self._formats}
             for layer, own in state["steps"].items()
         }
 
