@@ -42,18 +42,20 @@ def judge_twin(tally: TwinTally, range_reason: str = "", *, drawn: int = 0) -> t
             these are too many and a scale would help; otherwise empty.
         drawn: Number of sampled elements if the recipe rounds each stochastically, otherwise 0.
             Then no layer is frozen or stuck: a weight that has not moved may move in the next step.
+            Harm that may be the chance of the draws is uncertain.
 
     Returns:
         The verdict, and its reason in one sentence.
     """
     kept, frozen = tally.figure(PROGRESS), tally.figure(FROZEN)
-    intervals = find_twin_intervals(tally, drawn)
+    intervals = find_twin_intervals(tally)
+    with_chance = find_twin_intervals(tally, drawn)[PROGRESS]
     if tally.broken > 0:
         have = "are" if tally.recipe == NOW else "would become"
         return Verdict.BREAKS, f"{format_percent(tally.broken)} of the weights {have} NaN or inf"
     if math.isnan(kept):
         return _judge_without_fp32(tally, intervals)
-    progress = f"{write_figure(kept, intervals[PROGRESS])} of the progress is kept"
+    progress = f"{write_figure(kept, with_chance)} of the progress is kept"
     never = "have never moved" if tally.recipe == NOW else "would never have moved"
     share = f"{write_percent(frozen, intervals[FROZEN])} of the weights that float32 moved {never}"
     if reaches(frozen, intervals[FROZEN], _LIMITS.frozen) and kept < _LIMITS.frozen_kept:
@@ -73,12 +75,34 @@ def judge_twin(tally: TwinTally, range_reason: str = "", *, drawn: int = 0) -> t
     is_lost = classify(kept, tally.weight_error) in (Verdict.WATCH, Verdict.NEEDS_REMEDY)
     if range_reason and is_lost:
         return Verdict.RANGE, f"{range_reason}, and {progress}"
+    reason = _write_reason(tally, progress, share)
+    if drawn and _may_be_chance(kept, with_chance):
+        return Verdict.UNCERTAIN, f"{reason}, which may be the chance of stochastic rounding"
+    return _judge_by_kept(kept, intervals[PROGRESS], tally.weight_error, reason)
+
+
+def _write_reason(tally: TwinTally, progress: str, share: str) -> str:
+    """Return the reason of a verdict that follows from what a layer keeps.
+
+    Args:
+        tally: Summary of the figures.
+        progress: Phrase on the share of the progress that is kept.
+        share: Phrase on the weights that never moved.
+    """
+    kept, frozen = tally.figure(PROGRESS), tally.figure(FROZEN)
     reason = progress + _describe_states(tally.figures)
     if frozen >= _LIMITS.frozen and kept >= _LIMITS.needs_remedy:
         reason += f"; {share}, and what they lose is little (rows that no batch uses, for example)"
     if tally.weight_error > _LIMITS.weight_error and kept >= _LIMITS.stores_fine:
         reason += f"; weights are off by {format_error(tally.weight_error)} of their size"
-    return _judge_by_kept(kept, intervals[PROGRESS], tally.weight_error, reason)
+    return reason
+
+
+def _may_be_chance(kept: float, interval: Interval) -> bool:
+    """Return True if a layer that keeps too little or too much may keep what is fine."""
+    low, high = interval
+    is_fine = _LIMITS.stores_fine <= kept <= _LIMITS.overshoots
+    return not is_fine and low <= _LIMITS.overshoots and high >= _LIMITS.stores_fine
 
 
 def find_errors(tally: TwinTally, drawn: int = 0) -> dict[str, float]:

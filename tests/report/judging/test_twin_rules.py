@@ -1,5 +1,6 @@
 """The verdicts on a layer from its twin: each rule, its threshold, and its reason."""
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,29 @@ STILL = {"frozen_frac": 1.0, "progress_kept": 0.0}
 
 
 # --- plain figures
+
+
+@pytest.mark.parametrize(
+    ("kept", "verdict"),
+    [(0.8, Verdict.NEEDS_REMEDY), (0.95, Verdict.WATCH), (1.3, Verdict.OVERSHOOTS)],
+)
+def test_harm_to_a_layer_has_to_be_more_than_chance(kept: float, verdict: Verdict) -> None:
+    limit = FINE if kept < 1 else LIMITS.overshoots
+    edge = abs(limit - kept) / 1.96 * math.sqrt(64)  # drift whose interval of 95 % ends there
+    wide, narrow = (
+        make_tally({"progress_kept": kept, "drift": each * edge}) for each in (1.01, 0.99)
+    )
+    assert judge_twin(narrow, drawn=64)[0] is verdict
+    found, reason = judge_twin(wide, drawn=64)
+    assert found is Verdict.UNCERTAIN
+    assert reason.endswith("which may be the chance of stochastic rounding")
+    assert judge_twin(wide)[0] is verdict
+
+
+def test_a_layer_that_is_fine_stays_so_whatever_chance_may_do() -> None:
+    assert judge_twin(make_tally({"drift": 10.0, "moved_rms": 1e-3}), drawn=64)[0] is (
+        Verdict.STORES_FINE
+    )
 
 
 def test_the_error_by_chance_is_that_of_many_draws() -> None:
