@@ -92,7 +92,7 @@ class PrecisionCallback(TrainerCallback):
         self._arguments = {"formats": formats, "strict": strict, **arguments}
         # Raises an error for wrong arguments now, and not in the training. The patterns of sampling
         # rules need the model.
-        UpdateMonitor([("", torch.zeros(1))], **{**self._arguments, "sampling": ()})
+        UpdateMonitor([("", torch.zeros(1, device="cpu"))], **{**self._arguments, "sampling": ()})
         self._notices = Notices(type(self).__name__)
         self._logged: object = None  # the record that was logged last
         self.run: RunWatch | None = None
