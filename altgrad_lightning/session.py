@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from altgrad import LostRankError, StepRecord, UpdateMonitor
-from altgrad.output import Output, merge_records
+from altgrad.output import Output, explain_skipped, merge_records
 from altgrad.report import Assessment
 from altgrad_lightning.averages import find_averages
 from altgrad_lightning.due_batches import DueBatches
@@ -169,9 +169,8 @@ class Session:
         """
         if self._due.every == 0:
             return "this Trainer logs at no step: pass every_n_steps"
-        if self._result.skipped:
-            skipped = f"all were skipped, {dict(self._result.skipped)}"
-            return f"{skipped}, and yet layers moved" if have_moved else skipped
+        if skipped := explain_skipped(self._result.skipped, have_moved=have_moved):
+            return skipped
         return f"none fell on an observed batch (every {self._due.every})"
 
     def finish(self) -> None:

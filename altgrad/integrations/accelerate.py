@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from altgrad.integrations.run_watch import RunWatch
+from altgrad.integrations.run_watch import RunWatch, list_optimizers
 from altgrad.monitor.schedule import StepSchedule
 from altgrad.output import WriterLogger
 
@@ -66,8 +66,7 @@ def watch(
         find_loggers=lambda: [_make_logger(each) for each in accelerator.trackers],
         **arguments,
     )
-    optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-    run.attach(*optimizers, scaler=accelerator.scaler)
+    run.attach(*list_optimizers(optimizer), scaler=accelerator.scaler)
     _save_and_load(accelerator, run)
     return run
 

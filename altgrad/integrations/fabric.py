@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from altgrad.integrations.run_watch import RunWatch
+from altgrad.integrations.run_watch import RunWatch, list_optimizers
 from altgrad.monitor.schedule import StepSchedule
 
 if TYPE_CHECKING:
@@ -62,10 +62,9 @@ def watch(
         find_loggers=lambda: fabric.loggers,
         **arguments,
     )
-    optimizers = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
     # The precision fp16-mixed has a GradScaler: lightning/fabric/plugins/precision/amp.py.
     scaler = getattr(fabric.strategy.precision, "scaler", None)
-    return run.attach(*optimizers, scaler=scaler)
+    return run.attach(*list_optimizers(optimizer), scaler=scaler)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -3,8 +3,8 @@
 `watch` makes a `RunWatch`, which connects two objects. An `UpdateMonitor` turns each observed step
 of the optimizers into a `StepRecord`. An `Output` writes the records to a run file and to loggers.
 
-Read this file first. The next file is `transformers`; it, `accelerate` and `fabric` use `RunWatch`
-each in its own way.
+Read `step_numbers` first. The next file is `transformers`; it, `accelerate` and `fabric` use
+`RunWatch` each in its own way.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from altgrad._messages import Notices
+from altgrad.integrations.step_numbers import StepNumbers
 from altgrad.measurement.measure import DEFAULT_FORMATS
 from altgrad.measurement.merging import merge_records
 from altgrad.measurement.step_record import StepRecord
@@ -35,7 +36,7 @@ from altgrad.monitor.schedule import StepSchedule
 from altgrad.observation.dtensor import is_sharded
 from altgrad.observation.optimizers import unwrap
 from altgrad.observation.step_hooks import find_backward_pass
-from altgrad.output import Output, OutputSettings, WriterLogger
+from altgrad.output import Output, OutputSettings, WriterLogger, explain_skipped
 from altgrad.quantization.block_formats import Formats
 from altgrad.report import Assessment, list_actions, write_answer
 
@@ -116,8 +117,12 @@ def watch(
     )
     if state is not None:
         run.load_state_dict(state)
-    several = isinstance(optimizer, (list, tuple))
-    return run.attach(*(optimizer if several else [optimizer]), scaler=scaler)
+    return run.attach(*list_optimizers(optimizer), scaler=scaler)
+
+
+def list_optimizers(optimizer: Any) -> list[Any]:
+    """Return a list of optimizers for one optimizer, or for a list or tuple of several."""
+    return [*optimizer] if isinstance(optimizer, (list, tuple)) else [optimizer]
 
 
 class RunWatch:
@@ -127,9 +132,8 @@ class RunWatch:
     at their first step.
 
     Steps of the training have numbers from 0. Several optimizers share a number, and a record, as
-    long as each of them steps once: the next number begins when one of them steps again. So a GAN's
-    three steps of the critic and one of the generator have three numbers. All steps in one backward
-    pass count as those of one optimizer. `flush` and `attach` end a step, too.
+    long as each of them steps once; see `altgrad.integrations.step_numbers`. `flush` and `attach`
+    end a step, too.
 
     A record is written when all optimizers have stepped, else when the next number begins. If the
     process is killed before that, the record is lost.
@@ -175,13 +179,10 @@ class RunWatch:
         self._strict = strict
         self._notices = Notices(owner, warn)
         self.latest: StepRecord | None = None
-        self._records: list[StepRecord] = []  # of the step with the number `_step`
-        # The index of the step with this number, by optimizer; None stands for all in backward.
-        self._stepping: dict[Optimizer | None, int] = {}
+        self._numbers = StepNumbers()
+        self._records: list[StepRecord] = []  # of the last step that began
         self._thread = threading.local()  # its `optimizer` steps: two threads may step two
         self._lock = threading.RLock()
-        self._first_step = 0
-        self._step = -1  # number of the last step that began
         self._optimizers: list[weakref.ref[Optimizer]] = []
         self._scaler: GradScaler | None = None
         self._handles: list[RemovableHandle] = []
@@ -238,8 +239,7 @@ class RunWatch:
         monitor = self.monitor.state_dict()  # first: it ends a step in backward, and has its record
         self.flush()
         output = self._output_state if self._output is None else self._output.state_dict()
-        steps = max(self._first_step, self._step + 1)
-        return {"monitor": monitor, "output": output, "steps": steps}
+        return {"monitor": monitor, "output": output, "steps": self._numbers.last + 1}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a `state_dict`: the run goes on from the step at which the state was saved.
@@ -265,11 +265,10 @@ class RunWatch:
         optimizers = self._find_optimizers()
         self._detach()
         self._records.clear()
-        self._stepping.clear()
         if self._output is not None:
             self._output.close()
         self.monitor, self._output, self._output_state = monitor, None, state["output"]
-        self._first_step, self._step = first_step, first_step - 1
+        self._numbers = StepNumbers(first_step)
         if optimizers:
             self.attach(*optimizers, scaler=self._scaler)
 
@@ -305,7 +304,9 @@ class RunWatch:
         """
         if not self._is_open:
             return
-        goes_on = "goes on with its own count of steps" if self._has_begun else "begins anew"
+        goes_on = (
+            "goes on with its own count of steps" if self._numbers.has_begun else "begins anew"
+        )
         if not file.exists():
             self._notices.give(f"{goes_on}: {file.parent} has no {file.name} of an earlier run")
             return
@@ -340,7 +341,7 @@ class RunWatch:
             return self
         self.monitor.attach(*optimizers, scaler=scaler)
         self.flush()
-        self._stepping.clear()
+        self._numbers.end()
         self._scaler = scaler or self._scaler
         known = self._find_optimizers()
         for each in dict.fromkeys(map(unwrap, optimizers)):
@@ -356,9 +357,9 @@ class RunWatch:
                 return
             self.latest = merge_records(self._records)
             self._records.clear()
-            self._stepping.clear()
+            self._numbers.end()
             if self._output is not None:
-                self._output.write(self._step, self.latest, self.monitor.skipped)
+                self._output.write(self._numbers.last, self.latest, self.monitor.skipped)
 
     def close(self) -> str:
         """Stop observing, write the last figures and verdicts, and close the run file.
@@ -401,51 +402,31 @@ class RunWatch:
             index: Number of steps of the optimizer since it was attached, before this one.
         """
         with self._lock:
-            step = self._find_number(index) if self._find_step is None else self._find_step()
-            if step > self._step:
+            # All that step in backward count as one optimizer.
+            optimizer = self.monitor.asking if find_backward_pass() is None else None
+            find = self._find_step or partial(self._numbers.find_next, optimizer, index)
+            if (step := find()) > self._numbers.last:
                 self.flush()
-                self._stepping.clear()
-                self._step = step
-            optimizer = self._find_stepping()
-            self._stepping[optimizer] = index
+                self._numbers.begin(step)
+            self._numbers.join(optimizer, index)
             if self._output is None and not _get_rank():
                 self._open()
         if is_due := self._policy.is_wanted(step):
             self._thread.optimizer = optimizer
         return is_due
 
-    def _find_number(self, index: int) -> int:
-        """Return the number of the coming step: a new one if its optimizer has made this one.
-
-        Args:
-            index: The index of the optimizer's step. A step that a GradScaler skips has the same
-                index as the next one.
-        """
-        made = self._stepping.get(self._find_stepping())
-        is_new = not self._stepping or (made is not None and made != index)
-        return self._step + is_new
-
-    def _find_stepping(self) -> Optimizer | None:
-        """Return the optimizer that is about to step; None for all that step in backward."""
-        return self.monitor.asking if find_backward_pass() is None else None
-
     def _note(self, record: StepRecord) -> None:
         """Keep a record; write it if no other optimizer can add to it."""
         with self._lock:
             self._records.append(record)
             # Another thread may have begun the next step: this record is then part of that one.
-            self._stepping[vars(self._thread).pop("optimizer", None)] = record.index
+            self._numbers.join(vars(self._thread).pop("optimizer", None), record.index)
             if len(self._records) >= len(self._find_optimizers()):
                 self.flush()
 
     def _find_optimizers(self) -> list[Optimizer]:
         """Return the attached optimizers that are still alive."""
         return [each for reference in self._optimizers if (each := reference()) is not None]
-
-    @property
-    def _has_begun(self) -> bool:
-        """True after the first step of this process."""
-        return self._step >= self._first_step
 
     def _check_open(self, method: str) -> None:
         if not self._is_open:
@@ -471,7 +452,7 @@ class RunWatch:
             self.monitor.run_header,
             OutputSettings(_LAYER_CHARTS, histograms=False, run_file=True, strict=self._strict),
             self._output_state,
-            self._step,
+            self._numbers.last,
             self._notices.give_once,
         )
 
@@ -480,7 +461,7 @@ class RunWatch:
         if not self.monitor.is_observing:
             return []
         unseen = self.monitor.describe_unseen()
-        if not self._has_begun or self._has_record:
+        if not self._numbers.has_begun or self._has_record:
             return unseen
         notice = f"observed no step: {self._explain_no_step(have_moved=bool(unseen))}"
         # If no step was due, the other notices would name all layers.
@@ -497,10 +478,8 @@ class RunWatch:
         Args:
             have_moved: True if layers have moved all the same.
         """
-        if not self.monitor.skipped:
-            return "none was due: see every_n_steps"
-        skipped = f"all were skipped, {dict(self.monitor.skipped)}"
-        return f"{skipped}, and yet layers moved" if have_moved else skipped
+        skipped = explain_skipped(self.monitor.skipped, have_moved=have_moved)
+        return skipped or "none was due: see every_n_steps"
 
 
 def _get_rank() -> int:

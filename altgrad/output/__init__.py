@@ -10,7 +10,7 @@ optimizers for one step merges them before, by `altgrad.measurement.merging`.
 """
 
 from altgrad.measurement.merging import merge_records
-from altgrad.output.output import Output, OutputSettings
+from altgrad.output.output import Output, OutputSettings, explain_skipped
 from altgrad.output.summary_writer import WriterLogger
 
-__all__ = ["Output", "OutputSettings", "WriterLogger", "merge_records"]
+__all__ = ["Output", "OutputSettings", "WriterLogger", "explain_skipped", "merge_records"]

@@ -332,6 +332,18 @@ class Output:
         return True
 
 
+def explain_skipped(skipped: Mapping[SkipReason, int], *, have_moved: bool) -> str:
+    """Return why no step was observed, if all were skipped; empty without a skipped step.
+
+    Args:
+        skipped: Number of skipped steps, by reason.
+        have_moved: True if layers have moved all the same.
+    """
+    if not skipped:
+        return ""
+    return f"all were skipped, {dict(skipped)}{', and yet layers moved' if have_moved else ''}"
+
+
 def _is_even_power(number: int) -> bool:
     """Return True for 1, 4, 16, 64, …: the even powers of 2."""
     # Binary 1, 100, 10000, …: a single bit, and an odd number of digits.

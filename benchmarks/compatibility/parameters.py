@@ -12,51 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.utils import _pytree as pytree
 
 from benchmarks.compatibility.trial import Row, make_rows
+from tests.observation.wrapped import WithoutTake, Wrapped
 from tests.step_truth.designs import Design
 from tests.step_truth.modes import Run
 from tests.step_truth.plain_modes import FrozenAndUnused, Sparse, Tied, batches, network
 from tests.step_truth.recording import Journal
 
 GROUP = "Parameter kinds"
-
-
-class Wrapped(Tensor):
-    """Weights in a class of their own, as libraries of 8-bit weights have.
-
-    Attributes:
-        lacks: Operations that the class does not have.
-    """
-
-    lacks: tuple[str, ...] = ()
-
-    @staticmethod
-    def __new__(cls, inner: Tensor) -> Any:
-        # torch has no public name for it: torch/testing/_internal/two_tensor.py.
-        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # noqa: SLF001
-
-    def __init__(self, inner: Tensor) -> None:
-        self.inner = inner
-
-    @classmethod
-    def __torch_dispatch__(cls, operation: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = operation.__name__.split(".")[0]
-        if name in cls.lacks:
-            raise NotImplementedError(f"{cls.__name__} has no {name}")
-
-        def unwrap(each: Any) -> Any:
-            return each.inner if isinstance(each, Wrapped) else each
-
-        result = operation(*pytree.tree_map(unwrap, args), **pytree.tree_map(unwrap, kwargs or {}))
-        if name == "detach":
-            return cls(result)
-        return args[0] if name.endswith("_") and result is not None else result
-
-
-class WithoutTake(Wrapped):
-    lacks = ("take",)
 
 
 def make_wrapped(kind: type[Wrapped]) -> nn.Module:

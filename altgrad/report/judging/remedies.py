@@ -9,14 +9,13 @@ Read `run_rules` first; `judge` comes next.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from altgrad._messages import few
 from altgrad.measurement.catalogue import NOW
 from altgrad.report.judging.decimals import format_kept
 from altgrad.report.judging.families import find_family
-from altgrad.report.judging.run_rules import LayerShare, join_shares
+from altgrad.report.judging.run_rules import LayerShare, find_share, join_shares
 from altgrad.report.judging.verdicts import RunAdvice, Verdict
 from altgrad.report.records.schema import RecipeInfo
 
@@ -68,13 +67,14 @@ def _find_remedy(
     best = _find_best(Verdict.STORES_FINE, own, runs) or _find_best(
         Verdict.STORES_FINE, others, runs
     )
-    behind = [each for each in layers[advice.recipe] if _is_only_behind(each, advice)]
+    # Layers that are frozen, or keep little.
+    slow = [x for x in layers[advice.recipe] if x.is_left_behind or x.advice.layer in advice.frozen]
+    behind = [x.advice.layer for x in slow if x.advice.layer not in advice.frozen]
     words = _describe_behind(behind) if is_nearly_fine or verdict is Verdict.OVERSHOOTS else ""
-    count, share = len(behind) + len(advice.frozen), _add_share(advice, behind, layers)
-    if is_nearly_fine and count and share <= _FEW_WEIGHTS:
-        keep = f"{words}Keep {'it' if count == 1 else 'those'} in float32"
+    if is_nearly_fine and slow and find_share(slow, layers[advice.recipe]) <= _FEW_WEIGHTS:
+        keep = f"{words}Keep {'it' if len(slow) == 1 else 'those'} in float32"
         return f"{keep}." if best is None else f"{keep}, or use {_name_remedy(best, layers)}."
-    if verdict is Verdict.STORES_FINE and not count:
+    if verdict is Verdict.STORES_FINE and not slow:
         return "Nothing is lost that matters."
     is_by_states = verdict is Verdict.OVERSHOOTS and _has_small_states(recipe)
     if is_by_states or find_family(advice.recipe, recipe) == "states":
@@ -87,31 +87,12 @@ def _find_remedy(
     return f"{words}Use {_name_remedy(best, layers)}."
 
 
-def _is_only_behind(layer: LayerShare, run: RunAdvice) -> bool:
-    """Return True for a layer that keeps less than half of its progress, and is not frozen."""
-    return layer.is_left_behind and layer.advice.layer not in run.frozen
-
-
-def _describe_behind(behind: Sequence[LayerShare]) -> str:
+def _describe_behind(names: Sequence[str]) -> str:
     """Return a sentence on layers that keep little, with a space behind; empty without any."""
-    if not behind:
+    if not names:
         return ""
-    keep = "keeps less than half of its" if len(behind) == 1 else "keep less than half of their"
-    return f"{few([each.advice.layer for each in behind])} {keep} progress. "
-
-
-def _add_share(
-    run: RunAdvice, behind: Sequence[LayerShare], layers: Mapping[str, Sequence[LayerShare]]
-) -> float:
-    """Return the share of the weights in layers that are frozen, or that keep little.
-
-    Args:
-        run: The verdict on the run.
-        behind: Layers that keep little, and are not frozen.
-        layers: For each recipe, the layers that it was judged for.
-    """
-    size = math.fsum(each.size for each in layers[run.recipe])
-    return run.frozen_share + (math.fsum(each.size for each in behind) / size if size else 0.0)
+    keep = "keeps less than half of its" if len(names) == 1 else "keep less than half of their"
+    return f"{few(names)} {keep} progress. "
 
 
 def _name_remedy(advice: RunAdvice, layers: Mapping[str, Sequence[LayerShare]]) -> str:

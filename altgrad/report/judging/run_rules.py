@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from altgrad.report.judging.calibration import calibration
+from altgrad.report.judging.step_rules import classify_steps
 from altgrad.report.judging.tallies import FROZEN
-from altgrad.report.judging.twin_rules import classify
+from altgrad.report.judging.twin_rules import classify, may_be_chance
 from altgrad.report.judging.verdicts import (
     PROGRESS,
     STEP_KEPT,
@@ -27,6 +28,7 @@ from altgrad.report.judging.verdicts import (
 
 _LIMITS = calibration().thresholds
 _STANDING = (Verdict.FROZEN, Verdict.STUCK)
+_HARMED = (Verdict.NEEDS_REMEDY, Verdict.OVERSHOOTS)
 _OPEN = 0.5
 """Half of the width of an interval of 80 % that leaves open what a run keeps."""
 _QUANTILE = 1.2816  # of 90 % of the normal distribution
@@ -88,23 +90,33 @@ def judge_recipe(name: str, family: str | None, layers: Sequence[LayerShare]) ->
         _join_weight_errors(layers),
         join_shares(layers, FROZEN),
         [layer.advice.layer for layer in standing],
-        _find_share(standing, layers),
-        _find_share(behind, layers),
+        find_share(standing, layers),
+        find_share(behind, layers),
         len(layers),
         None,
         "",
         has_twin,
     )
     verdict = _find_verdict(advice, [layer.advice.verdict for layer in layers], error)
-    if family == "stochastic" and _may_be_fine(advice, verdict, error):
-        verdict = Verdict.UNCERTAIN
+    reach = _QUANTILE * error
+    if family == "stochastic" and verdict in _HARMED:
+        may_be_fine = may_be_chance(kept, (kept - reach, kept + reach))
+        verdict = Verdict.UNCERTAIN if may_be_fine else verdict
     # Real runs were judged by the progress that they kept.
     outcome = None if math.isnan(kept) else calibration().count_runs(family, verdict.name)
     return advice._replace(verdict=verdict, outcome=outcome)
 
 
-def _find_share(own: Sequence[LayerShare], layers: Sequence[LayerShare]) -> float:
-    """Return the share of the weights of all layers that some of them have."""
+def find_share(own: Sequence[LayerShare], layers: Sequence[LayerShare]) -> float:
+    """Return the share of the weights that some layers have.
+
+    Args:
+        own: These layers.
+        layers: All layers.
+
+    Returns:
+        The share, 0 to 1; NaN without weights.
+    """
     size = math.fsum(layer.size for layer in layers)
     return math.fsum(layer.size for layer in own) / size if size else math.nan
 
@@ -121,7 +133,7 @@ def _find_verdict(run: RunAdvice, layers: Sequence[Verdict], error: float) -> Ve
         return Verdict.BREAKS
     if math.isnan(run.kept):
         return _judge_by_standing(run.frozen_share)
-    verdict = classify(run.kept, run.weight_error) if run.has_twin else _judge_steps(run.kept)
+    verdict = classify(run.kept, run.weight_error) if run.has_twin else classify_steps(run.kept)
     if verdict is Verdict.OVERSHOOTS:
         return verdict
     if _QUANTILE * error >= _OPEN:
@@ -132,33 +144,11 @@ def _find_verdict(run: RunAdvice, layers: Sequence[Verdict], error: float) -> Ve
     return Verdict.NEEDS_REMEDY if run.behind_share > _LIMITS.left_behind else verdict
 
 
-def _may_be_fine(run: RunAdvice, verdict: Verdict, error: float) -> bool:
-    """Return True if a verdict of harm may be the chance of stochastic rounding in the sample.
-
-    Args:
-        run: Figures of the run.
-        verdict: The verdict that follows from them.
-        error: Standard error of the share of the progress kept.
-    """
-    reach = _QUANTILE * error
-    if verdict is Verdict.OVERSHOOTS:
-        return run.kept - reach <= _LIMITS.overshoots
-    return verdict is Verdict.NEEDS_REMEDY and run.kept + reach >= _LIMITS.stores_fine
-
-
 def _judge_by_standing(share: float) -> Verdict:
     """Judge a run of which nothing is known but the share of its weights that stands still."""
     if not share > 0:
         return Verdict.NOT_JUDGED
     return Verdict.FROZEN if share >= _LIMITS.run_frozen else Verdict.NEEDS_REMEDY
-
-
-def _judge_steps(kept: float) -> Verdict:
-    """Return the verdict that follows from the share of single updates that is kept."""
-    limits = calibration().step_thresholds
-    if kept >= limits.stores_fine:
-        return Verdict.STORES_FINE
-    return Verdict.WATCH if kept >= limits.needs_remedy else Verdict.NEEDS_REMEDY
 
 
 def _join_kept(layers: Sequence[LayerShare]) -> tuple[float, float]:

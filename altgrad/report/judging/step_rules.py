@@ -117,7 +117,7 @@ def _judge_by_kept(kept: float, interval: Interval, stall: float) -> tuple[Verdi
             f"the sample keeps {format_kept(kept)} of the update, but too few of its elements "
             "carry the update to estimate the error"
         )
-    low, high = map(_classify, interval)
+    low, high = map(classify_steps, interval)
     stalled = format_percent(stall)
     share = f"{write_figure(kept, interval)} of the update is kept and {stalled} of updates vanish"
     if low is not high:
@@ -125,7 +125,8 @@ def _judge_by_kept(kept: float, interval: Interval, stall: float) -> tuple[Verdi
     return low, f"{share} on average"
 
 
-def _classify(kept: float) -> Verdict:
+def classify_steps(kept: float) -> Verdict:
+    """Return the verdict that follows from the share of single updates that is kept."""
     if kept >= _LIMITS.stores_fine:
         return Verdict.STORES_FINE
     return Verdict.WATCH if kept >= _LIMITS.needs_remedy else Verdict.NEEDS_REMEDY

@@ -76,7 +76,7 @@ def judge_twin(tally: TwinTally, range_reason: str = "", *, drawn: int = 0) -> t
     if range_reason and is_lost:
         return Verdict.RANGE, f"{range_reason}, and {progress}"
     reason = _write_reason(tally, progress, share)
-    if drawn and _may_be_chance(kept, with_chance):
+    if drawn and may_be_chance(kept, with_chance):
         return Verdict.UNCERTAIN, f"{reason}, which may be the chance of stochastic rounding"
     return _judge_by_kept(kept, intervals[PROGRESS], tally.weight_error, reason)
 
@@ -98,8 +98,13 @@ def _write_reason(tally: TwinTally, progress: str, share: str) -> str:
     return reason
 
 
-def _may_be_chance(kept: float, interval: Interval) -> bool:
-    """Return True if a layer that keeps too little or too much may keep what is fine."""
+def may_be_chance(kept: float, interval: Interval) -> bool:
+    """Return True if what is kept is too little or too much, and may be what is fine.
+
+    Args:
+        kept: Share of the progress kept, of a layer or a run.
+        interval: Its confidence interval, with the chance of stochastic rounding.
+    """
     low, high = interval
     is_fine = _LIMITS.stores_fine <= kept <= _LIMITS.overshoots
     return not is_fine and low <= _LIMITS.overshoots and high >= _LIMITS.stores_fine
