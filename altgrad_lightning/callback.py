@@ -13,10 +13,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from altgrad import DEFAULT_FORMATS, Figures, Recipe, SamplingRule
 from altgrad.observation import SkipReason
+from altgrad.output import write_state
 from altgrad.quantization import NumberFormat, Scaling
 from altgrad.report import Assessment
 from altgrad_lightning.callback_metrics import CallbackMetrics
@@ -129,6 +130,9 @@ class PrecisionMonitor(Callback):
             ``"progress_kept/bf16-sr"``, for EarlyStopping and ModelCheckpoint. They find them as
             ``altgrad/{key}``, on every rank, from the first observed step on, which is then that of
             the first batch. If a later step has no finite figure, the last one stays.
+        summary: If True, print the verdicts and the path of the run file at the end of a training.
+        progress_bar: If True, show in the Trainer's progress bar which share of the progress is
+            kept so far: by the run itself if its weights are stored low, else by the first recipes.
 
     Raises:
         ValueError: Formats are missing or unknown, or two have the same name; `scaling` is unknown;
@@ -157,6 +161,8 @@ class PrecisionMonitor(Callback):
         strict: bool = False,
         name: str | None = None,
         callback_metrics: Sequence[str] = (),
+        summary: bool = True,
+        progress_bar: bool = False,
     ) -> None:
         chosen = apply_preset(
             preset,
@@ -185,6 +191,8 @@ class PrecisionMonitor(Callback):
             strict=strict,
             name=check_name(name),
             callback_metrics=check_keys(callback_metrics),
+            summary=summary,
+            progress_bar=progress_bar,
         )
         self._notices = Notices()
         self._result = Result()  # of the current training, else of the last one
@@ -313,6 +321,10 @@ class PrecisionMonitor(Callback):
         if self._metrics is not None:
             waits = self._session is not None and self._session.waits
             self._metrics.pass_on(trainer, self.latest_model, waits=waits)
+        if self._settings.progress_bar and self.latest_model is not None:
+            # All that the bar shows, texts as well: lightning/pytorch/callbacks/progress.
+            shown = cast("dict[str, Any]", trainer.progress_bar_metrics)
+            shown["altgrad"] = write_state(self.latest_model)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the monitor's state, the verdicts and the run file's path, for a checkpoint."""
@@ -333,6 +345,8 @@ class PrecisionMonitor(Callback):
             self._session.warn_about_unseen()
             with self._stopping_after_an_error(self._session):
                 self._session.finish()
+                if self._settings.summary:
+                    self._session.show_summary()
         self._end()
 
     def on_exception(self, *arguments: Any) -> None:

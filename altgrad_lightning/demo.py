@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from altgrad.report import RunReport, page, png, print_report, read
+from altgrad.report import RunReport, page, png, print_first_screen, read
 
 if TYPE_CHECKING:
     from altgrad_lightning import PrecisionMonitor
@@ -76,7 +76,7 @@ def _train(steps: int, folder: Path, seed: int) -> PrecisionMonitor:
         save_dir=folder, name=None, default_hp_metric=False
     )
     monitor = PrecisionMonitor(
-        max_elements=None
+        max_elements=None, summary=False
     )  # all elements of a small model: figures are exact
     logging.getLogger(lightning.__name__).setLevel(
         logging.WARNING
@@ -105,7 +105,7 @@ def _report(monitor: PrecisionMonitor, folder: Path) -> None:
     assert monitor.path is not None  # `demo` made the folder, so the run file exists
     console = Console()
     report = RunReport.from_run(read(monitor.path))
-    print_report(report, console)
+    print_first_screen(report, console)
     log_dir = monitor.path.parent
     number = monitor.path.stem.removeprefix("altgrad")  # "-2" for the second run of a folder
     html, picture = log_dir / f"report{number}.html", log_dir / f"formats{number}.png"

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from altgrad import LostRankError, StepRecord, UpdateMonitor
-from altgrad.output import Output, explain_skipped, merge_records
+from altgrad.output import Output, explain_skipped, merge_records, show_summary, write_summary
 from altgrad.report import Assessment
 from altgrad_lightning.averages import find_averages
 from altgrad_lightning.due_batches import DueBatches
@@ -180,6 +180,11 @@ class Session:
         """
         if self._output is not None:
             self._output.finish()
+
+    def show_summary(self) -> None:
+        """Print the verdicts and the command that reports them, if a step was observed."""
+        if self._output is not None and self._result.latest_step is not None:
+            show_summary(write_summary(self._output.assess().runs, self._output.path))
 
     def finish_after_error(self) -> None:
         """Write what was observed before an error or Ctrl-C, without waiting for other ranks."""

@@ -56,6 +56,8 @@ class Settings:
     strict: bool
     name: str | None = None
     callback_metrics: tuple[str, ...] = ()
+    summary: bool = True
+    progress_bar: bool = False
 
     def __post_init__(self) -> None:
         """Raise an error for arguments that are invalid for any module to be trained."""

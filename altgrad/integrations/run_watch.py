@@ -10,7 +10,6 @@ Read `step_numbers` first. The next file is `transformers`; it, `accelerate` and
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,14 +35,20 @@ from altgrad.monitor.schedule import StepSchedule
 from altgrad.observation.dtensor import is_sharded
 from altgrad.observation.optimizers import unwrap
 from altgrad.observation.step_hooks import find_backward_pass
-from altgrad.output import Output, OutputSettings, WriterLogger, explain_skipped
+from altgrad.output import (
+    Output,
+    OutputSettings,
+    WriterLogger,
+    explain_skipped,
+    show_summary,
+    write_summary,
+)
 from altgrad.quantization.block_formats import Formats
-from altgrad.report import Assessment, list_actions, write_answer
+from altgrad.report import Assessment
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-_NOTHING_OBSERVED = "No step was observed, so there are no verdicts."
 _LAYER_CHARTS = 8  # as many as `altgrad_lightning.PrecisionMonitor` makes
 
 
@@ -223,9 +228,7 @@ class RunWatch:
         if self._output is None:
             return ""
         runs = self._output.assess().runs
-        answer = write_answer(runs) if runs or self._has_record else _NOTHING_OBSERVED
-        lines = [answer, *list_actions(runs)]
-        return "\n".join([*lines, *([f"altgrad report {self.path}"] if self.path else [])])
+        return write_summary(runs, self.path, has_observed=self._has_record)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs, for a checkpoint.
@@ -391,7 +394,7 @@ class RunWatch:
                 raise
         else:
             if kind is None and summary:
-                sys.stdout.write(f"{summary}\n")
+                show_summary(summary)
 
     # --- one step
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +27,7 @@ from altgrad.integrations.run_watch import RunWatch
 from altgrad.measurement.measure import DEFAULT_FORMATS
 from altgrad.monitor.monitor import UpdateMonitor
 from altgrad.observation.optimizers import find_wrapped
+from altgrad.output import show_summary
 from altgrad.quantization.block_formats import Formats
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ class PrecisionCallback(TrainerCallback):
         """Stop observing, write the last figures and verdicts, and print the summary."""
         with self._guarded("had an error at the end"):
             if self.run is not None and (summary := self.run.close()):
-                sys.stdout.write(f"{summary}\n")
+                show_summary(summary)
 
     # --- the run
 

@@ -14,9 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
+from altgrad._messages import format_count
 from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS, figure_keys, get_metric
 from altgrad.measurement.histogram import FIRST_STEPS_OCTAVE, FIRST_WEIGHTS_OCTAVE, Histogram
 from altgrad.measurement.intervals import find_interval
+from altgrad.measurement.notebook import write_table
 from altgrad.measurement.numbers import Numbers
 from altgrad.measurement.step_table import FormatRows, StepTable, error_columns
 from altgrad.measurement.twin_figures import NO_TWINS, TwinFigures, merge_twins
@@ -108,6 +110,22 @@ class Figures(Mapping[str, float]):
     def __len__(self) -> int:
         """Return the number of keys."""
         return len(LAYER_METRICS) + len(self.formats) * len(FORMAT_METRICS) + len(self._twins)
+
+    def __repr__(self) -> str:
+        """Return what the figures are of, in a line."""
+        measured = f"{self.elements:,} of {format_count(self.population, 'element')}"
+        names = {"formats": self.formats, "recipes": self.recipes}
+        parts = [f"{noun}: {', '.join(each)}" for noun, each in names.items() if each]
+        return f"Figures({'; '.join([measured, *parts])})"
+
+    def _repr_html_(self) -> str:
+        """Return tables of all figures for a notebook: of the layer, of formats, of recipes."""
+        parts: list[dict[str, float]] = [
+            {key: self[key] for key in LAYER_METRICS},
+            {key: self[key] for key in figure_keys(self.formats) if key not in LAYER_METRICS},
+            dict(self.twins),
+        ]
+        return "".join(map(write_table, parts))
 
     def standard_error(self, key: str) -> float:
         """Return the standard error of a figure that a sample estimates.

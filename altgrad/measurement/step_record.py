@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 
+from altgrad._messages import format_count
 from altgrad.measurement.figures import Figures, layer_figures
 from altgrad.measurement.numbers import Numbers
 from altgrad.measurement.step_table import StepTable
@@ -37,6 +39,14 @@ class StepRecord:
     model: Figures
     own_seconds: float
     training_seconds: float
+
+    def __repr__(self) -> str:
+        """Return the number of the step and of its layers, in a line."""
+        return f"StepRecord(index={self.index}, {format_count(len(self.layers), 'layer')})"
+
+    def _repr_html_(self) -> str:
+        """Return tables of the model's figures for a notebook."""
+        return f"<p>{escape(repr(self))}: the model</p>{self.model._repr_html_()}"
 
 
 def step_record(

@@ -5,12 +5,23 @@ for the callback of `altgrad_lightning`. It needs no trainer, and loads no logge
 
 Read `output` first. `charts` turns figures into rows of numbers, `history` keeps figures for
 pictures, and `loggers` passes numbers, pictures and verdicts to each kind of logger.
-`summary_writer` makes a logger of a SummaryWriter of torch. Whoever has the records of several
+`summary_writer` makes a logger of a SummaryWriter of torch. `summary` says what a training came to.
+Whoever has the records of several
 optimizers for one step merges them before, by `altgrad.measurement.merging`.
 """
 
 from altgrad.measurement.merging import merge_records
 from altgrad.output.output import Output, OutputSettings, explain_skipped
+from altgrad.output.summary import show_summary, write_state, write_summary
 from altgrad.output.summary_writer import WriterLogger
 
-__all__ = ["Output", "OutputSettings", "WriterLogger", "explain_skipped", "merge_records"]
+__all__ = [
+    "Output",
+    "OutputSettings",
+    "WriterLogger",
+    "explain_skipped",
+    "merge_records",
+    "show_summary",
+    "write_state",
+    "write_summary",
+]

@@ -10,11 +10,11 @@ Read it in this order:
 3. `run_report` combines a run with its verdicts, and `ranking` orders its layers. `drawings`, on
    figures of `canvas`, draws its pictures, and `applying` writes Python code that applies its
    suggestions.
-4. `terminal`, which begins with `terminal_runs`, `web_page` and `exports` show the report;
-   `answers`, `cells`, `names` and `printing` hold what they share.
-5. `comparison` compares two runs. If one of them predicted how the other is stored, which
-   `matching` finds out, `confirmation` sets the prediction beside what happened;
-   `confirmation_table` and `confirmation_drawing` show it.
+4. `terminal`, which prints `terminal_runs` and `layer_table`, `web_page` and `exports` show the
+   report; `answers`, `cells`, `names` and `printing` hold what they share.
+5. `comparison` compares two runs, and `comparison_table` shows it. If one of them predicted how the
+   other is stored, which `matching` finds out, `confirmation` sets the prediction beside what
+   happened; `confirmation_table` and `confirmation_drawing` show it.
 6. `commands` is the command line.
 """
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from altgrad.report.canvas import png, svg
     from altgrad.report.cells import KEPT_MEANING, Meaning, cell_text, list_legend
     from altgrad.report.comparison import Comparison
+    from altgrad.report.comparison_table import print_comparison
     from altgrad.report.confirmation import (
         Confirmation,
         ConfirmedLayer,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from altgrad.report.confirmation_drawing import agreement
     from altgrad.report.confirmation_table import print_confirmation
     from altgrad.report.drawings import heat_map, kept_map, ranges, steps_histogram
+    from altgrad.report.judging.decimals import format_kept
     from altgrad.report.judging.judge import Judge, StandardErrors, judge_run
     from altgrad.report.judging.summaries import write_nonfinite, write_sentence
     from altgrad.report.judging.verdicts import Advice, Assessment, RunAdvice, Verdict
@@ -62,7 +64,7 @@ if TYPE_CHECKING:
     )
     from altgrad.report.records.writing import RunFile
     from altgrad.report.run_report import RunReport
-    from altgrad.report.terminal import print_comparison, print_report, print_verdicts
+    from altgrad.report.terminal import print_first_screen, print_report
     from altgrad.report.web_page import confirmation_page, page
 
 __all__ = [
@@ -97,6 +99,7 @@ __all__ = [
     "confirmation_page",
     "describe_frozen_now",
     "find_confirmation",
+    "format_kept",
     "has_intervals",
     "heat_map",
     "judge_run",
@@ -109,8 +112,8 @@ __all__ = [
     "png",
     "print_comparison",
     "print_confirmation",
+    "print_first_screen",
     "print_report",
-    "print_verdicts",
     "ranges",
     "rank_layers",
     "read",
@@ -130,10 +133,12 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
             "canvas": "png svg",
             "cells": "KEPT_MEANING Meaning cell_text list_legend",
             "comparison": "Comparison",
+            "comparison_table": "print_comparison",
             "confirmation": "Confirmation ConfirmedLayer FrozenCounts Pair find_confirmation",
             "confirmation_drawing": "agreement",
             "confirmation_table": "print_confirmation",
             "drawings": "heat_map kept_map ranges steps_histogram",
+            "judging.decimals": "format_kept",
             "judging.judge": "Judge StandardErrors judge_run",
             "ranking": "list_lost rank_layers",
             "records.fields": "SCHEMA",
@@ -142,7 +147,7 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
             "records.schema": "FormatInfo Header LayerInfo Predecessor RecipeInfo RunFileError",
             "records.writing": "RunFile",
             "run_report": "RunReport",
-            "terminal": "print_comparison print_report print_verdicts",
+            "terminal": "print_first_screen print_report",
             "judging.summaries": "write_nonfinite write_sentence",
             "judging.verdicts": "Advice Assessment RunAdvice Verdict",
             "web_page": "confirmation_page page",

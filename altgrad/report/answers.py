@@ -27,6 +27,7 @@ from altgrad.report.judging.decimals import (
 )
 from altgrad.report.judging.summaries import hides_layers, write_word
 from altgrad.report.judging.verdicts import Assessment, RunAdvice, Verdict
+from altgrad.report.names import fold_names
 from altgrad.report.records.run import Run
 from altgrad.report.records.schema import LayerInfo, RecipeInfo
 
@@ -55,6 +56,8 @@ _UNKNOWN = "–"
 _MOST_NAMED = 8  # recipes in a heading
 _MOST_ACTIONS = 5
 _MANY_UNMOVED = 0.1  # share of the weights that a heading mentions
+_KEPT = (Verdict.STORES_FINE, Verdict.WATCH)
+"""Verdicts on a run that some layers do not follow."""
 _LOW = ("bfloat16", "float16", "float8")
 
 
@@ -171,8 +174,19 @@ def write_answer(runs: Mapping[str, RunAdvice]) -> str:
         "Not judged": unjudged,
     }
     sentences = [f"{word}: {_name_some(names)}." for word, names in groups.items() if names]
-    now = _describe_now(runs[NOW]) if NOW in runs else ""
-    return " ".join(filter(None, [now, *sentences]))
+    return " ".join(filter(None, [write_now(runs), *sentences]))
+
+
+def write_now(runs: Mapping[str, RunAdvice]) -> str:
+    """Write what a run loses now; empty if that is not known, or its weights are in float32.
+
+    Args:
+        runs: Verdicts on the run, by recipe; ``now`` is that of a run that is stored low.
+
+    Returns:
+        A sentence.
+    """
+    return _describe_now(runs[NOW]) if NOW in runs else ""
 
 
 def _name_some(names: Sequence[str]) -> str:
@@ -220,12 +234,15 @@ def _describe_unmoved(advice: RunAdvice) -> str:
 # --- how the run is stored
 
 
-def write_storage(run: Run, runs: Mapping[str, RunAdvice]) -> str:
+def write_storage(
+    run: Run, runs: Mapping[str, RunAdvice], visible: Mapping[str, float] | None = None
+) -> str:
     """Write how a run is stored, and whether anything is lost now; empty without layers.
 
     Args:
         run: The run, with its observed layers.
         runs: Verdicts on the run, by recipe.
+        visible: The model's visible_frac, by name of the format, for a run in float32.
 
     Returns:
         A sentence or two.
@@ -233,7 +250,7 @@ def write_storage(run: Run, runs: Mapping[str, RunAdvice]) -> str:
     if not run.layers:
         return ""
     dtypes = Counter(layer.dtype for layer in run.layers.values())
-    stored = f"Weights are stored in {_list_dtypes(dtypes)}"
+    stored = f"Weights are {_list_dtypes(dtypes)}"
     if is_low(run.layers, runs):
         if NOW not in runs:
             return (
@@ -243,9 +260,17 @@ def write_storage(run: Run, runs: Mapping[str, RunAdvice]) -> str:
         rounded = "" if any(map(_is_low_dtype, dtypes)) else _describe_rounding(run.now)
         return f"{stored}{rounded}. “now” is what the run keeps, the rest what it would keep:"
     return (
-        f"{stored}: nothing is lost now, also under autocast or FSDP mixed precision, whose master "
-        "weights these are. What other ways to store would keep:"
+        f"{stored}, also under autocast or FSDP: nothing is lost now{_name_visible(visible or {})}."
+        " What-ifs:"
     )
+
+
+def _name_visible(shares: Mapping[str, float]) -> str:
+    """Return a phrase on what a forward pass sees of an update, if bf16 is judged; or empty."""
+    share = shares.get("bf16", math.nan)
+    if math.isnan(share):
+        return ""
+    return f" (a forward pass in bf16 sees {format_figure(share)} of each update: visible_frac)"
 
 
 def _describe_rounding(now: RecipeInfo | None) -> str:
@@ -301,12 +326,12 @@ def list_actions(runs: Mapping[str, RunAdvice]) -> list[str]:
 
 
 def _write_action(advice: RunAdvice) -> str:
-    if not advice.frozen:
-        return advice.to_do
+    if not advice.frozen or (advice.recipe != NOW and advice.verdict not in _KEPT):
+        return advice.to_do  # the whole run is to be stored otherwise, not some of its layers
     do = "would freeze"
     if advice.recipe == NOW:
         do = "stands still" if len(advice.frozen) == 1 else "stand still"
-    return f"{few(advice.frozen)} {do}. {advice.to_do}"
+    return f"{few(fold_names(advice.frozen))} {do}. {advice.to_do}"
 
 
 def describe_frozen_now(assessment: Assessment) -> str:

@@ -5,6 +5,7 @@ A verdict says whether a layer would make its progress if it were stored as a *r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from altgrad.report.judging.calibration import calibration
 from altgrad.report.judging.decimals import format_kept
 from altgrad.report.judging.summaries import hides_layers
 from altgrad.report.judging.verdicts import Advice, Assessment, RunAdvice, Verdict
+from altgrad.report.ranking import LOST
 
 _LIMITS, _STEP_LIMITS = calibration().thresholds, calibration().step_thresholds
 
@@ -73,6 +75,13 @@ _MARKS = {
     "half of their progress",
 }
 """Meanings of the words behind the share of a cell, or in its place."""
+_SHORT_MARKS = {
+    STEP_MARK: "of single updates",
+    "?": "unsure",
+    "~": "noisy",
+    "!": "some NaN",
+}
+"""Meanings of the marks behind the share in a narrow cell."""
 UNMOVED = "unmoved"
 """Heading of a column with the mean unmoved_frac of each layer."""
 UNMOVED_MEANING = (
@@ -149,6 +158,39 @@ def find_mark(advice: Advice | RunAdvice) -> str:
         return _ALL_NONFINITE if is_whole else _NONFINITE
     is_kept = advice.has_twin and advice.kept >= _LIMITS.stores_fine
     return _NOISY if is_kept and advice.verdict is Verdict.WATCH else ""
+
+
+def write_short_cell(advice: Advice | None) -> str:
+    """Return the text of a narrow cell, such as ``0.99?`` or ``frozen``.
+
+    It is the share of the progress that is kept, with the marks that `write_short_legend` explains.
+    Layers that stand still, or become NaN, and layers without a share have a word. The text is
+    empty if `advice` is None.
+    """
+    if advice is None:
+        return ""
+    kept = format_kept(advice.kept)
+    if advice.verdict in (*LOST, Verdict.NOT_JUDGED) or not kept:
+        return find_mark(advice) if find_mark(advice) == _ALL_NONFINITE else advice.verdict.short
+    return kept + _find_short_marks(advice)
+
+
+def write_short_legend(advice: Iterable[Advice]) -> str:
+    """Return the meaning of the cells of `write_short_cell` in a line."""
+    seen = set("".join(map(_find_short_marks, advice)))
+    marks = [f"{mark} {text}" for mark, text in _SHORT_MARKS.items() if mark in seen]
+    return "Share of the progress kept" + (f" ({', '.join(marks)})" if marks else "")
+
+
+def _find_short_marks(advice: Advice) -> str:
+    mark = find_mark(advice)
+    applies = {
+        STEP_MARK: not (advice.has_twin or math.isnan(advice.kept)),
+        "?": advice.verdict is Verdict.UNCERTAIN,
+        "~": mark == _NOISY,
+        "!": mark == _NONFINITE,
+    }
+    return "".join(mark for mark in _SHORT_MARKS if applies[mark])
 
 
 def cell_text(advice: Advice | None) -> str:

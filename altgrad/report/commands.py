@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from altgrad.report.comparison import Comparison
+from altgrad.report.comparison_table import print_comparison
 from altgrad.report.confirmation import find_confirmation
 from altgrad.report.confirmation_table import print_confirmation
 from altgrad.report.exports import as_csv, as_json, confirmation_as_csv, confirmation_as_json
@@ -27,7 +28,7 @@ from altgrad.report.records.reading import read
 from altgrad.report.records.run import Run
 from altgrad.report.records.schema import RunFileError
 from altgrad.report.run_report import RunReport
-from altgrad.report.terminal import print_comparison, print_report
+from altgrad.report.terminal import print_first_screen, print_report
 from altgrad.report.web_page import confirmation_page, page
 
 _TERMINAL = Path("-")  # the usual name for standard output
@@ -51,7 +52,13 @@ def report(
     as_csv_: Annotated[
         Path | None, typer.Option("--csv", metavar="[FILE]", help="Write the verdicts as CSV.")
     ] = None,
-    layers: _Layers = 40,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show all layers, and code that applies the advice.")
+    ] = False,
+    layers: Annotated[
+        int | None,
+        typer.Option("--layers", min=0, help="Show N layers; 0 shows all.", metavar="N"),
+    ] = None,
     force: _Force = False,
 ) -> None:
     """Report whether a run, and each of its layers, would train if stored otherwise.
@@ -65,7 +72,9 @@ def report(
         html: File for the HTML page.
         as_json_: File for the verdicts as JSON.
         as_csv_: File for the verdicts as CSV.
-        layers: Maximum number of layers in the table; 0 shows all.
+        everything: If True, print all layers, what the words mean, and code.
+        layers: Maximum number of layers in the table; 0 shows all. None shows as many as fit into
+            24 lines, or all with ``--all``.
         force: If True, replace files of any kind.
     """  # noqa: D301 - typer's help ends at the form feed; the options have their own help
     found = RunReport.from_run(_read(run))
@@ -75,11 +84,17 @@ def report(
         (as_csv_, lambda: as_csv(found)),
     ]
     _show(
-        lambda console: print_report(found, console, layers or None),
+        lambda console: _print(found, console, layers, everything=everything),
         outputs,
         (found.run,),
         force=force,
     )
+
+
+def _print(found: RunReport, console: Console, layers: int | None, *, everything: bool) -> None:
+    """Print the whole report of a run, or its first screen."""
+    count = len(found.by_layer) if layers == 0 else layers
+    (print_report if everything else print_first_screen)(found, console, count)
 
 
 def compare(

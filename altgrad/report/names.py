@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 _WIDTH = 44  # characters; leaves most of a picture 8 inches wide to its data
 
@@ -24,6 +24,25 @@ def shorten_names(names: Sequence[str], width: int = _WIDTH) -> list[str]:
     cuts = (width // 3, *range(width // 2, width - 6, 3), width // 6)
     each = ([_cut(name, head, width) for name in whole] for head in cuts)
     return max(each, key=lambda shortened: len(set(shortened)))
+
+
+def fold_names(names: Iterable[str]) -> list[str]:
+    """Fold names that differ in numbers alone: ``blocks.*.norm.weight (12 layers)``.
+
+    Args:
+        names: Names of layers, whose parts are separated by dots.
+
+    Returns:
+        Patterns and names, in the order in which the names begin.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        parts = ("*" if part.isdecimal() else part for part in name.split("."))
+        groups.setdefault(".".join(parts), []).append(name)
+    return [
+        own[0] if len(own) == 1 else f"{pattern} ({len(own):,} layers)"
+        for pattern, own in groups.items()
+    ]
 
 
 def replace_unprintable(text: str) -> str:

@@ -8,6 +8,7 @@ The modules `terminal`, `web_page` and `exports` come next and arrange them.
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import math
 from collections.abc import Mapping
@@ -52,6 +53,17 @@ class RunReport:
     def from_run(cls, run: Run) -> RunReport:
         """Judge what each recipe would make of a run and its layers, and return the report."""
         return cls(run, judge_run(run))
+
+    def __repr__(self) -> str:
+        """Return the run and its verdicts, in a line."""
+        return f"RunReport({self.run!r}, {self.assessment!r})"
+
+    def _repr_html_(self) -> str:
+        """Return the first screen of the report for a notebook."""
+        # Looked up when it is called: the page is made of a report, and not the other way round.
+        return str(
+            importlib.import_module("altgrad.report.web_page").first_screen(self.assessment, self)
+        )
 
     @property
     def formats(self) -> list[str]:

@@ -18,7 +18,9 @@ from altgrad.report.answers import (
     list_actions,
     list_rows,
     write_evidence,
+    write_now,
     write_storage,
+    write_visible,
 )
 from altgrad.report.cells import COLOURS
 from altgrad.report.judging.summaries import write_nonfinite
@@ -51,23 +53,43 @@ def print_runs(report: RunReport, console: Console) -> None:
             such runs is then a sentence.
     """
     runs = report.assessment.runs
-    print_text(console, report.answer, "bold")
+    print_text(console, _write_steps(report), "dim")
+    if heading := write_now(runs) if runs else report.answer:
+        print_text(console, heading, "bold")
     if broken := write_nonfinite(report.nonfinite, report.assessment.advice):
         print_text(console, broken, "yellow")
     if not runs:
         return
-    print_text(console, write_storage(report.run, runs))
+    print_text(console, write_storage(report.run, runs, report.visible))
     rows = list_rows(runs)
     console.print(_make_table(report, rows, console.width))
     if _count_fitting(rows, console.width) < len(_list_columns(rows)):
         print_text(console, write_evidence(rows), "dim")
+    for action in list_actions(runs):
+        print_text(console, action)
+
+
+def _write_steps(report: RunReport) -> str:
+    """Return a line on the observed steps and elements, and on skipped steps if there are any."""
+    reasons = (f"{count:,} {reason}" for reason, count in report.skipped.items())
+    skipped = f"; skipped steps: {', '.join(reasons)}" if report.skipped else ""
+    return f"{report.steps}; {report.measured}{skipped}"
+
+
+def print_legends(report: RunReport, console: Console) -> None:
+    """Print what the figures of recipes mean, and what a forward pass sees of the updates.
+
+    Args:
+        report: Report of the run.
+        console: Console to print on.
+    """
+    rows = list_rows(report.assessment.runs)
     if has_intervals(rows):
         print_text(console, INTERVAL, "dim")
     if any(row.is_step_by_step for row in rows):
         print_text(console, STEP_BY_STEP, "dim")
-    for action in list_actions(runs):
-        print_text(console, action)
-    console.print()
+    if visible := write_visible(report.visible):
+        print_text(console, visible)
 
 
 def _make_table(report: RunReport, rows: Sequence[RunRow], width: int) -> Table:

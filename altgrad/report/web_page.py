@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from altgrad._version import __version__
 from altgrad.report.answers import (
@@ -17,16 +17,17 @@ from altgrad.report.answers import (
     has_intervals,
     list_actions,
     list_rows,
+    write_answer,
     write_storage,
     write_visible,
 )
 from altgrad.report.canvas import svg
-from altgrad.report.cells import KEPT_MEANING, cell_text
+from altgrad.report.cells import KEPT_MEANING, write_short_cell, write_short_legend
 from altgrad.report.confirmation import FROZEN, MEANING, Confirmation, explain_metric
 from altgrad.report.confirmation_drawing import agreement
 from altgrad.report.judging.decimals import format_difference, format_figure, format_kept
 from altgrad.report.judging.summaries import write_nonfinite
-from altgrad.report.judging.verdicts import Verdict
+from altgrad.report.judging.verdicts import Assessment, Verdict
 from altgrad.report.names import replace_unprintable_in_lines
 from altgrad.report.run_report import RunReport
 
@@ -52,25 +53,15 @@ def page(report: RunReport) -> str:
         ImportError: jinja2 or matplotlib is missing.
     """
     pictures = {name: svg(figure, name) for name, figure in report.pictures().items()}
-    runs = report.assessment.runs
-    rows = list_rows(runs)
     return (
         _make_environment()
         .get_template("page.html")
         .render(
-            report=report,
-            assessment=report.assessment,
+            **_fill_first_screen(report.assessment, report),
             run=report.run,
-            answer=report.answer,
-            stored=write_storage(report.run, runs),
-            rows=rows,
-            has_intervals=has_intervals(rows),
-            step_by_step=STEP_BY_STEP,
-            interval=INTERVAL,
-            actions=list_actions(runs),
-            broken=write_nonfinite(report.nonfinite, report.assessment.advice),
             visible=write_visible(report.visible),
             kept_meaning=KEPT_MEANING,
+            short_legend=write_short_legend(report.assessment.advice),
             nan=math.nan,
             not_judged={
                 layer
@@ -82,6 +73,40 @@ def page(report: RunReport) -> str:
             version=__version__,
         )
     )
+
+
+def first_screen(assessment: Assessment, report: RunReport | None = None) -> str:
+    """Return the first screen of a report as a piece of HTML, for a notebook.
+
+    It has what each recipe would make of the run, and what to do.
+
+    Args:
+        assessment: Verdicts on the run and its layers.
+        report: Report of the run, which adds how the run is stored and which steps were observed.
+
+    Raises:
+        ImportError: jinja2 is missing.
+    """
+    filled = _fill_first_screen(assessment, report)
+    return _make_environment().get_template("notebook.html").render(**filled)
+
+
+def _fill_first_screen(assessment: Assessment, report: RunReport | None) -> dict[str, Any]:
+    """Return the values of the template first_screen.html, by name."""
+    runs = assessment.runs
+    rows = list_rows(runs)
+    return {
+        "report": report,
+        "assessment": assessment,
+        "answer": report.answer if report else write_answer(runs),
+        "stored": write_storage(report.run, runs, report.visible) if report else "",
+        "rows": rows,
+        "has_intervals": has_intervals(rows),
+        "step_by_step": STEP_BY_STEP,
+        "interval": INTERVAL,
+        "actions": list_actions(runs),
+        "broken": write_nonfinite(assessment.nonfinite, assessment.advice),
+    }
 
 
 def confirmation_page(confirmation: Confirmation) -> str:
@@ -124,7 +149,7 @@ def _make_environment() -> Environment:
         lstrip_blocks=True,
         loader=FunctionLoader(_read_template),
     )
-    environment.filters |= {"cell": cell_text, "kept": format_kept, "isnan": math.isnan}
+    environment.filters |= {"cell": write_short_cell, "kept": format_kept, "isnan": math.isnan}
     return environment
 
 

@@ -69,7 +69,7 @@ def test_the_end_of_a_with_block_prints_the_summary(
     assert run.close() == run.summarize()
     lines = out.splitlines()
     assert lines[-1] == f"altgrad report {run.path}"
-    assert lines[0].startswith("Fine: ")
+    assert lines[0].startswith("[AltGrad] Fine: ")
     assert run.assessment.summary == judge_run(read(run.path)).summary
     with altgrad.watch(*training, tmp_path):
         pass  # there is nothing to say without a step

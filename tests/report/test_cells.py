@@ -14,6 +14,8 @@ from altgrad.report.cells import (
     list_legend,
     list_marks,
     list_meanings,
+    write_short_cell,
+    write_short_legend,
 )
 from altgrad.report.judging.calibration import calibration
 from tests.report.twin_runs import make_run_advice
@@ -41,6 +43,29 @@ def test_a_cell_is_marked_if_elements_are_not_finite_and_the_word_does_not_say_s
     assert cell_text(unjudged._replace(nonfinite=0.5)) == "– NaN"
     broken = advice._replace(verdict=Verdict.BREAKS, figures={}, nonfinite=1.0)
     assert cell_text(broken) == "breaks"
+
+
+def test_a_short_cell_has_a_word_only_for_what_stands_still_or_is_nan() -> None:
+    kept = make_advice(Verdict.WATCH, 0.95)
+    single = make_advice(Verdict.WATCH, 0.95, "kept_update_ratio")
+    cells = {
+        "0.95": kept,
+        "0.95*": single,
+        "0.95?": kept._replace(verdict=Verdict.UNCERTAIN),
+        "0.95!": kept._replace(nonfinite=0.5),
+        "1.00~": make_advice(Verdict.WATCH, 1.0),
+        "frozen": make_advice(Verdict.FROZEN, 0.0),
+        "stuck": make_advice(Verdict.STUCK, 0.25),
+        "breaks": make_advice(Verdict.BREAKS, math.nan),
+        "–": make_advice(Verdict.NOT_JUDGED, math.nan),
+        "all NaN": make_advice(Verdict.NOT_JUDGED, math.nan)._replace(nonfinite=1.0),
+    }
+    assert [write_short_cell(each) for each in cells.values()] == [*cells]
+    assert write_short_cell(None) == ""
+    assert write_short_legend([kept]) == "Share of the progress kept"
+    assert write_short_legend(cells.values()) == (
+        "Share of the progress kept (* of single updates, ? unsure, ~ noisy, ! some NaN)"
+    )
 
 
 def test_every_verdict_has_a_distinct_meaning_and_a_colour() -> None:

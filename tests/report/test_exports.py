@@ -224,7 +224,7 @@ def test_the_verdicts_on_the_run_are_first_in_json_with_now_like_any_recipe(
     assert now["progress_kept"] == report.assessment.runs["now"].kept
     assert now["interval"] == [*report.assessment.runs["now"].interval]
     assert value["answer"].startswith("This run ")
-    assert value["stored"].startswith("Weights are stored in bfloat16.")
+    assert value["stored"].startswith("Weights are bfloat16.")
     gain = value["layers"]["gain"]
     assert (gain["unmoved_frac"], gain["nonfinite_frac"]) == (1.0, 0.0)
     assert gain["recipes"]["now"]["verdict"] == "frozen"

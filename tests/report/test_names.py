@@ -3,6 +3,7 @@
 import pytest
 
 from altgrad.report.names import (
+    fold_names,
     replace_unprintable,
     replace_unprintable_in_lines,
     shorten_names,
@@ -47,3 +48,14 @@ def test_each_unprintable_character_is_replaced() -> None:
 def test_unprintable_characters_are_replaced_within_lines() -> None:
     text = "a\x1b[31m\nb\u202e\udcff c\r\n"
     assert replace_unprintable_in_lines(text) == "a�[31m\nb�� c�\n"
+
+
+def test_names_that_differ_in_numbers_alone_are_folded() -> None:
+    names = ["blocks.0.norm.weight", "norm.weight", "blocks.11.norm.weight", "blocks.0.mlp.2.bias"]
+    assert fold_names(names) == [
+        "blocks.*.norm.weight (2 layers)",
+        "norm.weight",
+        "blocks.0.mlp.2.bias",
+    ]
+    assert fold_names([]) == []
+    assert fold_names(["l10", "l11"]) == ["l10", "l11"]  # numbers within a word are kept

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from altgrad import Histogram
 from altgrad.report import LayerInfo, Row, RunReport
 from tests.report.pictures import read_texts
 from tests.report.runs import make_rows, make_run
+from tests.report.shown_runs import record_fp32
 
 NAN = math.nan
 
@@ -189,3 +191,19 @@ def test_the_largest_share_of_nan_is_that_of_layers_with_any() -> None:
 def test_the_mean_visible_share_is_that_of_runs_in_float32() -> None:
     assert share_rows("float32").visible == {"bf16": 0.5}
     assert share_rows("bfloat16").visible == {}
+
+
+def test_a_run_and_its_verdicts_are_shown_in_a_line_and_in_a_notebook(tmp_path: Path) -> None:
+    run = record_fp32(tmp_path)
+    found = RunReport.from_run(run)
+    assert repr(run).endswith("altgrad.jsonl': 4 observed steps, 2 layers, 3 recipes)")
+    assert repr(run.rows[0]).startswith("Row(step=9, layer='bias': ")
+    runs = found.assessment.runs
+    verdicts = ", ".join(f"{name}: {each.verdict.short}" for name, each in runs.items())
+    assert repr(found.assessment) == f"Assessment({verdicts}; 2 layers)"
+    assert repr(found) == f"RunReport({run!r}, {found.assessment!r})"
+    for shown in (run, found, found.assessment):
+        html = shown._repr_html_()  # the protocol of notebooks
+        assert html.count("<tr>") == 1 + len(found.recipes)
+        assert found.answer in html
+    assert "nothing is lost now" in run._repr_html_()  # the protocol of notebooks

@@ -12,12 +12,14 @@ verdicts.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
+from altgrad._messages import format_count
 from altgrad.measurement.catalogue import NOW
 from altgrad.measurement.intervals import find_interval
 from altgrad.report.judging.calibration import Outcome
@@ -197,7 +199,17 @@ class Assessment:
     runs: Mapping[str, RunAdvice]
     advice: Sequence[Advice]
     suggestions: Mapping[str, str | None]
-    summary: str = field(repr=False)
+    summary: str
+
+    def __repr__(self) -> str:
+        """Return the verdict on the run by recipe, in a line."""
+        runs = ", ".join(f"{name}: {each.verdict.short}" for name, each in self.runs.items())
+        return f"Assessment({runs}; {format_count(len(self.by_layer), 'layer')})"
+
+    def _repr_html_(self) -> str:
+        """Return a table of the verdicts on the run, and what to do, for a notebook."""
+        # Looked up when it is called: the page is made of verdicts, and not the other way round.
+        return str(importlib.import_module("altgrad.report.web_page").first_screen(self))
 
     @functools.cached_property
     def nonfinite(self) -> dict[str, float]:

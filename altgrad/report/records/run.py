@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from altgrad._messages import format_count
 from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS
 from altgrad.measurement.histogram import Histogram
 from altgrad.measurement.intervals import find_interval
@@ -68,6 +69,10 @@ class Row:
                 metric, _, recipe = key.partition("/")
                 found.setdefault(recipe, {})[metric] = figure
         return found
+
+    def __repr__(self) -> str:
+        """Return the step and the layer, and the number of figures, in a line."""
+        return f"Row(step={self.step}, layer={self.layer!r}: {len(self.figures):,} figures)"
 
     def interval(self, key: str) -> tuple[float, float]:
         """Return the confidence interval of 95 % around a figure.
@@ -136,6 +141,21 @@ class Run:
     recipes: Mapping[str, RecipeInfo] = field(default_factory=dict)
     now: RecipeInfo | None = None
     verdicts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Return the path of the run file and how much is in it, in a line."""
+        counts = [
+            format_count(len(self.steps), "observed step"),
+            format_count(len(self.layers), "layer"),
+            format_count(len(self.recipes), "recipe"),
+        ]
+        return f"Run({str(self.path)!r}: {', '.join(counts)})"
+
+    def _repr_html_(self) -> str:
+        """Return the first screen of the run's report for a notebook."""
+        # Looked up when it is called: a report is made of a run, and not the other way round.
+        report = importlib.import_module("altgrad.report.run_report").RunReport.from_run(self)
+        return str(report._repr_html_())
 
     @functools.cached_property
     def steps(self) -> tuple[int, ...]:

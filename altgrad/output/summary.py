@@ -1,0 +1,68 @@
+"""Write and show what a training came to: at its end in some lines, and in mid-run in a phrase.
+
+`write_summary` and `show_summary` are for the end of a training, `write_state` for a progress bar.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from altgrad.measurement.catalogue import NOW
+from altgrad.measurement.figures import Figures
+from altgrad.report import RunAdvice, format_kept, list_actions, write_answer
+
+_NOTHING_OBSERVED = "No step was observed, so there are no verdicts."
+_MOST_RECIPES = 3
+"""Recipes in a progress bar."""
+
+
+def write_summary(
+    runs: Mapping[str, RunAdvice], path: Path | None, *, has_observed: bool = True
+) -> str:
+    """Return what a run could be stored as, what to do, and the command that reports it.
+
+    Args:
+        runs: Verdicts on the run, by recipe.
+        path: Path of the run file; None without one.
+        has_observed: False if no step was observed, so that there are no verdicts.
+
+    Returns:
+        Some lines. The first is the answer, and the last the command with the path.
+    """
+    answer = write_answer(runs) if runs or has_observed else _NOTHING_OBSERVED
+    lines = [f"[AltGrad] {answer}", *list_actions(runs)]
+    return "\n".join([*lines, *([f"altgrad report {path}"] if path else [])])
+
+
+def show_summary(summary: str) -> None:
+    """Print the text of `write_summary`, with colours if rich is installed."""
+    try:
+        from rich.console import Console
+        from rich.text import Text
+    except ImportError:
+        sys.stdout.write(f"{summary}\n")
+        return
+    answer, *others = summary.splitlines()
+    console = Console()
+    # A path that is wrapped cannot be copied.
+    console.print(Text(answer, "bold"), soft_wrap=True)
+    for line in others:
+        console.print(Text(line), soft_wrap=True)
+
+
+def write_state(figures: Figures) -> str:
+    """Return which share of the progress is kept, for a progress bar: “bf16 0.97, bf16-sr 1.00”.
+
+    Args:
+        figures: Figures of the model in the last observed step.
+
+    Returns:
+        The run itself if it is stored low, or else the first recipes; empty without a share.
+    """
+    names = [NOW] if NOW in figures.recipes else figures.recipes
+    kept = {name: figures.twins[f"progress_kept/{name}"] for name in names}
+    known = [f"{name} {format_kept(share)}" for name, share in kept.items() if math.isfinite(share)]
+    return ", ".join(known[:_MOST_RECIPES])
