@@ -64,7 +64,9 @@ class LayerShare:
         return self.advice.kept < _LIMITS.frozen_kept and not is_still
 
 
-def judge_recipe(name: str, family: str | None, layers: Sequence[LayerShare]) -> RunAdvice:
+def judge_recipe(
+    name: str, family: str | None, layers: Sequence[LayerShare], *, is_stochastic: bool = False
+) -> RunAdvice:
     """Judge what becomes of a whole run that is stored as a recipe says.
 
     Layers count by how far float32 moved them. `remedies.add_remedies` adds what to do.
@@ -73,6 +75,8 @@ def judge_recipe(name: str, family: str | None, layers: Sequence[LayerShare]) ->
         name: Name of the recipe; ``now`` for the run itself.
         family: Family of the recipe, a key of `FAMILIES`; None if no such run was tested.
         layers: The layers that the recipe was judged for.
+        is_stochastic: True if the recipe rounds stochastically. Then harm that may be the chance of
+            the draws is uncertain.
 
     Returns:
         The verdict with its figures; `RunAdvice.to_do` is empty.
@@ -99,7 +103,7 @@ def judge_recipe(name: str, family: str | None, layers: Sequence[LayerShare]) ->
     )
     verdict = _find_verdict(advice, [layer.advice.verdict for layer in layers], error)
     reach = _QUANTILE * error
-    if family == "stochastic" and verdict in _HARMED:
+    if is_stochastic and verdict in _HARMED:
         may_be_fine = may_be_chance(kept, (kept - reach, kept + reach))
         verdict = Verdict.UNCERTAIN if may_be_fine else verdict
     # Real runs were judged by the progress that they kept.
