@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from altgrad.report.judging.calibration import calibration
 from altgrad.report.judging.step_rules import classify_steps
@@ -109,6 +109,33 @@ def judge_recipe(
     # Real runs were judged by the progress that they kept.
     outcome = None if math.isnan(kept) else calibration().count_runs(family, verdict.name)
     return advice._replace(verdict=verdict, outcome=outcome)
+
+
+def is_fine_beside(
+    advice: RunAdvice, layers: Sequence[LayerShare], untouched: Sequence[LayerShare]
+) -> bool:
+    """Return True if a run would be fine with some of its layers in float32.
+
+    Args:
+        advice: The verdict on the run as it is.
+        layers: The layers that the recipe was judged for.
+        untouched: Those of `layers` that would be in float32, and keep all of their progress.
+    """
+    names = {each.advice.layer for each in untouched}
+    rest = [_store_in_float32(x) if x.advice.layer in names else x for x in layers]
+    return judge_recipe(advice.recipe, None, rest).verdict is Verdict.STORES_FINE
+
+
+def _store_in_float32(layer: LayerShare) -> LayerShare:
+    """Return what a layer contributes to the run if it is in float32: it loses nothing."""
+    own = layer.advice
+    metric = PROGRESS if own.has_twin else STEP_KEPT
+    fine = own._replace(
+        verdict=Verdict.STORES_FINE,
+        figures={**own.figures, metric: 1.0},
+        errors={**own.errors, metric: 0.0},
+    )
+    return replace(layer, advice=fine, weight_error=0.0)
 
 
 def find_share(own: Sequence[LayerShare], layers: Sequence[LayerShare]) -> float:
