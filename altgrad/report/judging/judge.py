@@ -188,7 +188,10 @@ class Judge:
         return Advice(layer, name, verdict, figures, errors, reason, *about)
 
     def _count_drawn(self, layer: str) -> int:
-        """Return how many elements a twin has of a layer, at the default of `twin_elements`."""
+        """Return how many elements a twin has of a layer, at the default of `twin_elements`.
+
+        A run file does not say what the setting was. With a larger one, chance is overestimated.
+        """
         info = self._layers.get(layer)
         size = math.prod(info.shape) if info is not None else MOST_TWIN_ELEMENTS
         return max(min(size, MOST_TWIN_ELEMENTS), 1)

@@ -72,8 +72,8 @@ def judge_twin(tally: TwinTally, range_reason: str = "", *, drawn: int = 0) -> t
             f"stuck since step {tally.still_since:,}: since then nearly no weight moved, and "
             f"{progress}, {format_kept(tally.kept_before)} at that step"
         )
-    is_lost = classify(kept, tally.weight_error) in (Verdict.WATCH, Verdict.NEEDS_REMEDY)
-    if range_reason and is_lost:
+    is_behind = classify(kept, tally.weight_error) in (Verdict.WATCH, Verdict.NEEDS_REMEDY)
+    if range_reason and is_behind:
         return Verdict.RANGE, f"{range_reason}, and {progress}"
     reason = _write_reason(tally, progress, share)
     if drawn and may_be_chance(kept, with_chance):
