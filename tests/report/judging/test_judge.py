@@ -269,6 +269,7 @@ def test_no_recipe_that_rounds_stochastically_is_frozen(name: str, states: dict[
     assert found.by_layer["gain"]["bf16"].verdict is Verdict.FROZEN
     assert found.by_layer["gain"][name].verdict is Verdict.UNCERTAIN
     assert (found.runs["bf16"].verdict, found.runs[name].frozen) == (Verdict.FROZEN, [])
+    assert found.runs[name].verdict is Verdict.UNCERTAIN  # as the one layer that it has
 
 
 def test_a_run_file_of_version_0_1_0_is_judged() -> None:
