@@ -77,7 +77,7 @@ class StepThresholds:
 
 
 class Offset(NamedTuple):
-    """An interval of the progress kept by real runs, less the progress that was predicted.
+    """The distance of a real run's progress from what its twins predict, in 8 of 10 runs.
 
     Attributes:
         below: Upper end of the range of predicted shares; the range begins where that of the

@@ -48,6 +48,20 @@ def as_recipe(storage: RecipeInfo) -> RecipeInfo:
     return replace(storage, dtype=dtype, optimizer=None)
 
 
+def is_stochastic(recipe: RecipeInfo | None) -> bool:
+    """Return True if a recipe rounds stochastically, by itself or in its optimizer.
+
+    Also a recipe without a family may do so, such as one that stores states in few bits as well.
+
+    Args:
+        recipe: The recipe's description in the run file; None if it has none.
+    """
+    if recipe is None:
+        return False
+    optimizer = (recipe.optimizer or "").rpartition(".")[2]
+    return recipe.rounding == "stochastic" or _LIBRARIES.get(optimizer) == "stochastic"
+
+
 def find_family(name: str, recipe: RecipeInfo | None, dtypes: Collection[str] = ()) -> str | None:
     """Return the family of a recipe, a key of `FAMILIES`.
 

@@ -18,7 +18,7 @@ from altgrad.measurement.intervals import find_interval
 from altgrad.quantization.block_formats import get_formats
 from altgrad.report.judging.calibration import calibration
 from altgrad.report.judging.decimals import format_kept
-from altgrad.report.judging.families import as_recipe, find_family
+from altgrad.report.judging.families import as_recipe, find_family, is_stochastic
 from altgrad.report.judging.remedies import add_remedies, find_format
 from altgrad.report.judging.run_rules import LayerShare, judge_recipe
 from altgrad.report.judging.step_rules import describe_range, judge_range, judge_steps
@@ -122,7 +122,11 @@ class Judge:
         if shares[NOW]:
             shares[NOW] += self._count_untouched(layers)
         runs = {
-            name: judge_recipe(name, families[name], own) for name, own in shares.items() if own
+            name: judge_recipe(
+                name, families[name], own, is_stochastic=is_stochastic(self._recipes.get(name))
+            )
+            for name, own in shares.items()
+            if own
         }
         runs = add_remedies(runs, self._recipes, shares)
         advice = [share.advice for own in layers.values() for share in own.values()]
@@ -167,8 +171,9 @@ class Judge:
         return untouched
 
     def _judge_twin(self, layer: str, name: str, tally: TwinTally, family: str | None) -> Advice:
-        range_reason = self._explain_range(layer, self._recipes.get(name))
-        drawn = self._count_drawn(layer) if family == "stochastic" else 0
+        recipe = self._recipes.get(name)
+        range_reason = self._explain_range(layer, recipe)
+        drawn = self._count_drawn(layer) if is_stochastic(recipe) else 0
         verdict, reason = judge_twin(tally, range_reason, drawn=drawn)
         is_sample = tally.errors[FROZEN] != 0
         if verdict is Verdict.FROZEN and is_sample and (doubt := self._doubt_sample(layer, name)):
@@ -183,7 +188,10 @@ class Judge:
         return Advice(layer, name, verdict, figures, errors, reason, *about)
 
     def _count_drawn(self, layer: str) -> int:
-        """Return how many elements a twin has of a layer, at the default of `twin_elements`."""
+        """Return how many elements a twin has of a layer, at the default of `twin_elements`.
+
+        A run file does not say what the setting was. With a larger one, chance is overestimated.
+        """
         info = self._layers.get(layer)
         size = math.prod(info.shape) if info is not None else MOST_TWIN_ELEMENTS
         return max(min(size, MOST_TWIN_ELEMENTS), 1)

@@ -15,13 +15,19 @@ from altgrad._messages import few
 from altgrad.measurement.catalogue import NOW
 from altgrad.report.judging.decimals import format_kept
 from altgrad.report.judging.families import find_family
-from altgrad.report.judging.run_rules import LayerShare, find_share, join_shares
+from altgrad.report.judging.run_rules import (
+    LayerShare,
+    find_share,
+    is_fine_beside,
+    join_shares,
+)
 from altgrad.report.judging.verdicts import RunAdvice, Verdict
 from altgrad.report.records.schema import RecipeInfo
 
 _FEW_WEIGHTS = 0.05
 """Largest share of the weights that can stay in float32 at a small price."""
 _FAR_STATE = 1.5
+"""Least ratio of a second moment to that in float32 that is named as the cost of a remedy."""
 _ENDS = {"sr": "stochastic", "kahan": "kahan"}
 """Families of remedies, by the end of the names of their recipes."""
 
@@ -56,8 +62,9 @@ def _find_remedy(
     layers: Mapping[str, Sequence[LayerShare]],
 ) -> str:
     verdict, recipe = advice.verdict, recipes.get(advice.recipe)
+    own_layers = layers[advice.recipe]
     if verdict is Verdict.NOT_JUDGED:
-        return _explain_silence(layers[advice.recipe])
+        return _explain_silence(own_layers)
     if verdict is Verdict.UNCERTAIN:
         return "Observe more steps, or raise twin_elements."
     if verdict is Verdict.BREAKS:
@@ -68,10 +75,11 @@ def _find_remedy(
         Verdict.STORES_FINE, others, runs
     )
     # Layers that are frozen, or keep little.
-    slow = [x for x in layers[advice.recipe] if x.is_left_behind or x.advice.layer in advice.frozen]
+    slow = [x for x in own_layers if x.is_left_behind or x.advice.layer in advice.frozen]
     behind = [x.advice.layer for x in slow if x.advice.layer not in advice.frozen]
     words = _describe_behind(behind) if is_nearly_fine or verdict is Verdict.OVERSHOOTS else ""
-    if is_nearly_fine and slow and find_share(slow, layers[advice.recipe]) <= _FEW_WEIGHTS:
+    is_few = bool(slow) and find_share(slow, own_layers) <= _FEW_WEIGHTS
+    if is_nearly_fine and is_few and is_fine_beside(advice, own_layers, slow):
         keep = f"{words}Keep {'it' if len(slow) == 1 else 'those'} in float32"
         return f"{keep}." if best is None else f"{keep}, or use {_name_remedy(best, layers)}."
     if verdict is Verdict.STORES_FINE and not slow:
@@ -80,11 +88,22 @@ def _find_remedy(
     if is_by_states or find_family(advice.recipe, recipe) == "states":
         states = [state for state in (recipe.states if recipe else {}) if state != "*"]
         return f"{words}Store {' and '.join(states) or 'the optimizer states'} in more bits."
+    if best is None and (scale := _propose_scale(advice.recipe, recipe, own_layers)):
+        return words + scale
     if best is None and not is_nearly_fine:
         best = _find_best(Verdict.WATCH, [*own, *others], runs)
     if best is None:
         return words + _propose_remedies(advice, recipes, runs)
     return f"{words}Use {_name_remedy(best, layers)}."
+
+
+def _propose_scale(name: str, recipe: RecipeInfo | None, layers: Sequence[LayerShare]) -> str:
+    """Return a sentence on a scale if many weights are out of a format's range; otherwise empty."""
+    out = [layer for layer in layers if layer.advice.verdict is Verdict.RANGE]
+    if not find_share(out, layers) > _FEW_WEIGHTS:
+        return ""
+    format = name if recipe is None else recipe.weights
+    return f"Weights are out of the range of {format}: give it a scale, as scaling='tensor' does."
 
 
 def _describe_behind(names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from altgrad.report.judging.calibration import calibration
 from altgrad.report.judging.step_rules import classify_steps
@@ -64,7 +64,9 @@ class LayerShare:
         return self.advice.kept < _LIMITS.frozen_kept and not is_still
 
 
-def judge_recipe(name: str, family: str | None, layers: Sequence[LayerShare]) -> RunAdvice:
+def judge_recipe(
+    name: str, family: str | None, layers: Sequence[LayerShare], *, is_stochastic: bool = False
+) -> RunAdvice:
     """Judge what becomes of a whole run that is stored as a recipe says.
 
     Layers count by how far float32 moved them. `remedies.add_remedies` adds what to do.
@@ -73,6 +75,8 @@ def judge_recipe(name: str, family: str | None, layers: Sequence[LayerShare]) ->
         name: Name of the recipe; ``now`` for the run itself.
         family: Family of the recipe, a key of `FAMILIES`; None if no such run was tested.
         layers: The layers that the recipe was judged for.
+        is_stochastic: True if the recipe rounds stochastically. Then harm that may be the chance of
+            the draws is uncertain.
 
     Returns:
         The verdict with its figures; `RunAdvice.to_do` is empty.
@@ -99,12 +103,39 @@ def judge_recipe(name: str, family: str | None, layers: Sequence[LayerShare]) ->
     )
     verdict = _find_verdict(advice, [layer.advice.verdict for layer in layers], error)
     reach = _QUANTILE * error
-    if family == "stochastic" and verdict in _HARMED:
+    if is_stochastic and verdict in _HARMED:
         may_be_fine = may_be_chance(kept, (kept - reach, kept + reach))
         verdict = Verdict.UNCERTAIN if may_be_fine else verdict
     # Real runs were judged by the progress that they kept.
     outcome = None if math.isnan(kept) else calibration().count_runs(family, verdict.name)
     return advice._replace(verdict=verdict, outcome=outcome)
+
+
+def is_fine_beside(
+    advice: RunAdvice, layers: Sequence[LayerShare], untouched: Sequence[LayerShare]
+) -> bool:
+    """Return True if a run would be fine with some of its layers in float32.
+
+    Args:
+        advice: The verdict on the run as it is.
+        layers: The layers that the recipe was judged for.
+        untouched: Those of `layers` that would be in float32, and keep all of their progress.
+    """
+    names = {each.advice.layer for each in untouched}
+    rest = [_store_in_float32(x) if x.advice.layer in names else x for x in layers]
+    return judge_recipe(advice.recipe, None, rest).verdict is Verdict.STORES_FINE
+
+
+def _store_in_float32(layer: LayerShare) -> LayerShare:
+    """Return what a layer contributes to the run if it is in float32: it loses nothing."""
+    own = layer.advice
+    metric = PROGRESS if own.has_twin else STEP_KEPT
+    fine = own._replace(
+        verdict=Verdict.STORES_FINE,
+        figures={**own.figures, metric: 1.0},
+        errors={**own.errors, metric: 0.0},
+    )
+    return replace(layer, advice=fine, weight_error=0.0)
 
 
 def find_share(own: Sequence[LayerShare], layers: Sequence[LayerShare]) -> float:

@@ -19,8 +19,9 @@ from altgrad.report.judging.tallies import KEPT, NEVER_MOVED, RANGE, STALL
 from altgrad.report.judging.verdicts import Interval, Verdict
 
 _LIMITS = calibration().step_thresholds
-# The interval of a share of 1 begins here for 35 elements, or 35 clusters of blocks. A sample of
-# less than 381 has an interval that begins below 0.99, also if no weight of it ever moved.
+# If no weight of a sample ever moved, the share is 1. Its interval then begins at 0.9 for 35
+# elements, or 35 clusters of blocks, and at 0.99 only from 381 elements on. A twin has fewer: for a
+# layer to be frozen at all, 35 have to be enough.
 LEAST_UNANIMOUS = 0.9
 
 

@@ -72,8 +72,8 @@ def judge_twin(tally: TwinTally, range_reason: str = "", *, drawn: int = 0) -> t
             f"stuck since step {tally.still_since:,}: since then nearly no weight moved, and "
             f"{progress}, {format_kept(tally.kept_before)} at that step"
         )
-    is_lost = classify(kept, tally.weight_error) in (Verdict.WATCH, Verdict.NEEDS_REMEDY)
-    if range_reason and is_lost:
+    is_behind = classify(kept, tally.weight_error) in (Verdict.WATCH, Verdict.NEEDS_REMEDY)
+    if range_reason and is_behind:
         return Verdict.RANGE, f"{range_reason}, and {progress}"
     reason = _write_reason(tally, progress, share)
     if drawn and may_be_chance(kept, with_chance):
@@ -114,7 +114,8 @@ def find_errors(tally: TwinTally, drawn: int = 0) -> dict[str, float]:
     """Return the standard errors of a twin's figures, by metric; NaN if unknown.
 
     Stochastic rounding adds its own: each weight is off by a distance of mean 0, independent of the
-    others. Along the way in float32, n elements are together off by drift / √n of that way.
+    others. Along the way in float32, n elements are together off by drift / √n of that way. While
+    nearly no weight has moved, drift does not tell how far they jump, and the error is unknown.
 
     Args:
         tally: Summary of the figures.
@@ -125,7 +126,9 @@ def find_errors(tally: TwinTally, drawn: int = 0) -> dict[str, float]:
     """
     errors = tally.errors
     if drawn:
-        chance = tally.figure("drift") / math.sqrt(drawn)
+        stands_still = tally.figure(FROZEN) >= _LIMITS.frozen
+        is_open = stands_still and tally.figure(PROGRESS) < _LIMITS.frozen_kept
+        chance = math.nan if is_open else tally.figure("drift") / math.sqrt(drawn)
         errors[PROGRESS] = math.hypot(errors[PROGRESS], chance)
     return errors
 

@@ -123,6 +123,7 @@ def test_altgrad_judges_runs_as_the_script_does(parts, part: str) -> None:
                 LayerShare(rest, 1 - share, row["fp32_moved"], 1.0, row["error"]),
                 LayerShare(frozen, share, row["fp32_moved"], 1.0, row["error"]),
             ],
+            is_stochastic=row["family"] == "stochastic",
         )
         assert advice.verdict.name == judge(row, sums[identify_view(row)], limits), row
 

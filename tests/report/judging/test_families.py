@@ -12,7 +12,7 @@ from altgrad.quantization.block_formats import BLOCK_FORMATS, get_formats
 from altgrad.quantization.formats import FORMATS
 from altgrad.recipes import get_recipes
 from altgrad.recipes.libraries import LIBRARY_RECIPES
-from altgrad.report.judging.families import FAMILIES, as_recipe, find_family
+from altgrad.report.judging.families import FAMILIES, as_recipe, find_family, is_stochastic
 from altgrad.report.records.schema import RecipeInfo
 from tests.report.twin_runs import make_recipe
 
@@ -87,6 +87,29 @@ def test_a_recipe_of_the_user_has_the_family_of_runs_that_were_done(
     fields: dict[str, Any], family: str | None
 ) -> None:
     assert find(Recipe("mine", **fields)) == family
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"weights": "bf16", "rounding": "stochastic"}, True),
+        ({"weights": "bf16", "rounding": "stochastic", "states": {"exp_avg": "e5m2"}}, True),
+        ({"weights": "bf16", "rounding": "stochastic", "accumulate": "bf16"}, True),
+        ({"weights": "bf16", "states": {"exp_avg": "e5m2"}}, False),
+        ({"optimizer": make_adam}, False),
+    ],
+    ids=lambda value: str(value).partition(" at 0x")[0],
+)
+def test_a_recipe_may_round_stochastically_in_any_family(
+    fields: dict[str, Any], expected: bool
+) -> None:
+    assert is_stochastic(describe(Recipe("mine", **fields))) is expected
+
+
+def test_libraries_that_round_stochastically_are_known() -> None:
+    found = {name for name, each in LIBRARY_RECIPES.items() if is_stochastic(describe(each))}
+    assert found == {name for name, family in LIBRARIES.items() if family == "stochastic"} != set()
+    assert not is_stochastic(None)
 
 
 def test_a_format_of_the_user_has_no_family() -> None:

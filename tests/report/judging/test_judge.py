@@ -256,6 +256,22 @@ def test_what_a_run_loses_now_counts_beside_layers_in_float32(tmp_path: Path) ->
     assert now.verdict is not Verdict.FROZEN
 
 
+@pytest.mark.parametrize("states", [{}, {"exp_avg_sq": "e5m2"}], ids=["weights", "states too"])
+@pytest.mark.parametrize("name", ["mine", "now"])
+def test_no_recipe_that_rounds_stochastically_is_frozen(name: str, states: dict[str, str]) -> None:
+    mine = make_recipe(name, weights="bf16", rounding="stochastic", states=states)
+    now = mine if name == "now" else None
+    judge = Judge({}, recipes={"bf16": make_recipe()} | ({} if now else {name: mine}), now=now)
+    still = {"progress_kept": 0.0, "frozen_frac": 1.0, "still_frac": 1.0, "drift": 1.0}
+    errors = {f"{metric}/{each}": 0.0 for metric in still for each in ("bf16", name)}
+    judge.add(0, "gain", figures(**still) | figures(name, **still), errors)
+    found = judge.assessment()
+    assert found.by_layer["gain"]["bf16"].verdict is Verdict.FROZEN
+    assert found.by_layer["gain"][name].verdict is Verdict.UNCERTAIN
+    assert (found.runs["bf16"].verdict, found.runs[name].frozen) == (Verdict.FROZEN, [])
+    assert found.runs[name].verdict is Verdict.UNCERTAIN  # as the one layer that it has
+
+
 def test_a_run_file_of_version_0_1_0_is_judged() -> None:
     run = read(replay.RUN_FILE)
     assert not run.recipes

@@ -218,6 +218,35 @@ def test_few_weights_that_stand_still_can_stay_in_float32() -> None:
     assert find() == ""
 
 
+def test_layers_stay_in_float32_only_if_that_makes_the_run_fine() -> None:
+    """Of a run to watch, the few weights that stand still may not be what it loses."""
+    frozen = make_share(0.0, size=10, verdict=Verdict.FROZEN, name="gain", moved=1.0)
+    watched = (LIMITS.stores_fine + LIMITS.needs_remedy) / 2
+
+    def find(rest: float) -> tuple[Verdict, str]:
+        layers = {"bf16": [make_share(rest, size=300), frozen], "bf16-sr": [FINE]}
+        runs = {key: judge_recipe(key, None, own) for key, own in layers.items()}
+        found = add_remedies(runs, {"bf16": make_recipe(), "bf16-sr": SR}, layers)["bf16"]
+        return found.verdict, found.to_do
+
+    both = "Keep it in float32, or use bf16-sr, which keeps 1.00."
+    assert find(1.0) == (Verdict.WATCH, both)
+    assert find(watched) == (Verdict.WATCH, "Use bf16-sr, which keeps 1.00.")
+    assert find(GOOD) == (Verdict.STORES_FINE, both)
+
+
+def test_a_run_of_which_many_weights_are_out_of_range_needs_a_scale() -> None:
+    recipe = make_recipe("e4m3fn")
+    small = make_recipe("e4m3fn-sr", weights="e4m3fn", rounding="stochastic")
+    out = make_share(BAD, verdict=Verdict.RANGE)
+    scale = "Weights are out of the range of e4m3fn: give it a scale, as scaling='tensor' does."
+    assert advise("e4m3fn", recipe, e4m3fn=out) == scale
+    assert advise("e4m3fn", e4m3fn=out) == scale  # judged from single steps
+    assert advise("e4m3fn-sr", recipe, small, e4m3fn=out, e4m3fn_sr=out) == scale
+    assert advise("e4m3fn", recipe, SR, e4m3fn=out, bf16_sr=FINE).startswith("Use bf16-sr")
+    assert advise("e4m3fn", recipe, e4m3fn=make_share(BAD)).startswith("Add the recipes")
+
+
 def test_a_run_in_bf16_is_told_what_its_recipes_would_keep(tmp_path: Path) -> None:
     net = make_layers(torch.bfloat16, gain=torch.ones(256))
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
