@@ -4,7 +4,8 @@
 (`print_verdicts`). `print_comparison` prints the comparison. Tables are split and names are
 shortened to fit the width of the console.
 
-Read `printing` first, which has the functions for texts and tables, and `terminal_runs`.
+Read `printing` first, which has the functions for texts and tables, `terminal_runs` and
+`terminal_next`.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from altgrad.report.printing import (
     indent,
     make_table,
     measure_columns,
-    print_line,
     print_meaning,
     print_text,
     style_text,
 )
 from altgrad.report.ranking import list_lost
+from altgrad.report.terminal_next import print_next
 from altgrad.report.terminal_runs import print_runs
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from altgrad.report.judging.verdicts import Advice
     from altgrad.report.run_report import RunReport
 
-_MOST_LINES = 40  # lines of code that are printed; more push the verdicts out of sight
 _SUGGESTION = ("smallest", "fine")
 _NO_SUGGESTION = "none"
 
@@ -51,8 +51,8 @@ def print_report(report: RunReport, console: Console, most_layers: int | None = 
     """Print the report of a run: whether it would still train if it were stored otherwise.
 
     First come the observed steps and what each recipe, a way to store the run, would keep. Then
-    come a table of verdicts on layers and recipes, and notes. Python code stores the weights of
-    each layer in a format that is fine for it.
+    come a table of verdicts on layers and recipes, the lines of Python to train with next, and
+    notes.
 
     Args:
         report: Report of the run.
@@ -67,26 +67,9 @@ def print_report(report: RunReport, console: Console, most_layers: int | None = 
     print_verdicts(report, console, most_layers)
     if visible := write_visible(report.visible):
         print_text(console, visible)
-    _print_to_apply(report, console)
+    print_next(report, console)
     for note in report.notes:
         print_text(console, f"Note: {note}", "yellow")
-
-
-def _print_to_apply(report: RunReport, console: Console) -> None:
-    """Print Python code that stores each layer in a format that is fine for it, to be copied.
-
-    Instead of more than 40 lines, a sentence says where the code is.
-    """
-    lines = report.to_apply.splitlines()
-    if len(lines) > _MOST_LINES:
-        count = format_count(len(lines), "line")
-        print_text(console, f"The {count} that apply the suggestions are in --html and --json.")
-    elif lines:
-        print_text(console, "")
-        print_text(console, "To try it, in a simulation that keeps weights in these formats:")
-        print_text(console, "")
-        for line in lines:
-            print_line(line, console)
 
 
 def print_verdicts(report: RunReport, console: Console, most_layers: int | None = None) -> None:

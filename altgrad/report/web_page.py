@@ -6,7 +6,9 @@ what one run predicted, `confirmation_page`, replaces the content of page.html b
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,7 @@ from altgrad.report.judging.decimals import format_difference, format_figure, fo
 from altgrad.report.judging.summaries import write_nonfinite
 from altgrad.report.judging.verdicts import Verdict
 from altgrad.report.names import replace_unprintable_in_lines
+from altgrad.report.next_lines import NextLine, list_next_lines
 from altgrad.report.run_report import RunReport
 
 if TYPE_CHECKING:
@@ -70,6 +73,7 @@ def page(report: RunReport) -> str:
             actions=list_actions(runs),
             broken=write_nonfinite(report.nonfinite, report.assessment.advice),
             visible=write_visible(report.visible),
+            next_lines=_group_by_recipe(list_next_lines(report)),
             kept_meaning=KEPT_MEANING,
             nan=math.nan,
             not_judged={
@@ -82,6 +86,11 @@ def page(report: RunReport) -> str:
             version=__version__,
         )
     )
+
+
+def _group_by_recipe(lines: Iterable[NextLine]) -> list[list[NextLine]]:
+    """Return the lines of each recipe, in order."""
+    return [[*each] for _, each in itertools.groupby(lines, key=lambda line: line.recipe)]
 
 
 def confirmation_page(confirmation: Confirmation) -> str:
