@@ -252,9 +252,9 @@ def _write_conversion(dtype: str, kept: Sequence[str]) -> tuple[list[str], list[
     if len(lines[0]) > _LINE:
         lines = ["kept = [", *(f"    {each}," for each in quoted), "]"]
     lines += [
-        "for name, parameter in model.named_parameters():",
-        '    if not any(fnmatchcase(name.rpartition(".")[0], each) for each in kept):',
-        f"        parameter.data = parameter.data.to(torch.{dtype})",
+        "for name, weight in model.named_parameters():",
+        '    is_kept = any(fnmatchcase(name.rpartition(".")[0], each) for each in kept)',
+        f"    weight.data = weight.data.to(torch.float32 if is_kept else torch.{dtype})",
     ]
     return ["from fnmatch import fnmatchcase", _TORCH], lines
 

@@ -95,8 +95,9 @@ def test_fp16_has_its_own_dtype() -> None:
     assert {*list_dtypes(net).values()} == {torch.float16}
 
 
-def test_modules_whose_layers_freeze_stay_in_float32() -> None:
-    net = make_net()
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_modules_whose_layers_freeze_are_in_float32(dtype: torch.dtype) -> None:
+    net = make_net().to(dtype)
     optimizer = run_code(write("bf16-true", "PyTorch", kept=KEPT), net)["optimizer"]
     before = net.norm.weight.detach().clone()
     with torch.autocast("cpu", BF16):

@@ -141,6 +141,13 @@ def test_an_optimizer_that_no_library_has_is_simulated(name: str) -> None:
     )
 
 
+def test_a_recipe_without_a_twin_is_not_proposed_as_if_it_had_been_tried() -> None:
+    report = make_report(make_advice("bf16-true", has_twin=False), recipes=["bf16-true"])
+    assert list_recipes(report) == ["fp32"]
+    ended = make_report(make_advice("bf16", has_twin=False), recipes=["bf16"])
+    assert "not tried over many steps" in find_why(ended, "bf16")
+
+
 # --- a run that is stored low
 
 

@@ -137,7 +137,17 @@ APPLY = ("SamplingRule", "WeightStorage", "storage", "optimizer", "model")
 NEXT = (
     *("Recipe", "SamplingRule", "StoreAs", "Trainer", "any", "each", "fnmatchcase", "kept"),
     *("MixedPrecisionPolicy", "fully_shard", "policy", "recipe", "store_as", "trainer", "torch"),
-    *("arguments", "name", "parameter", "model", "optimizer", "AdamW", "_AdamW", "AdamW8bit"),
+    *(
+        "arguments",
+        "name",
+        "weight",
+        "is_kept",
+        "model",
+        "optimizer",
+        "AdamW",
+        "_AdamW",
+        "AdamW8bit",
+    ),
     *("AdamWFp8", "SGD", "Optimizer"),
 )
 
