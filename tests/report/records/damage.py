@@ -134,22 +134,13 @@ def show_page(run: Run) -> None:
 
 
 APPLY = ("SamplingRule", "WeightStorage", "storage", "optimizer", "model")
-NEXT = (
-    *("Recipe", "SamplingRule", "StoreAs", "Trainer", "any", "each", "fnmatchcase", "kept"),
-    *("MixedPrecisionPolicy", "fully_shard", "policy", "recipe", "store_as", "trainer", "torch"),
-    *(
-        "arguments",
-        "name",
-        "weight",
-        "is_kept",
-        "model",
-        "optimizer",
-        "AdamW",
-        "_AdamW",
-        "AdamW8bit",
-    ),
-    *("AdamWFp8", "SGD", "Optimizer"),
-)
+NEXT = {
+    *("AdamW", "_AdamW", "AdamW8bit", "AdamWFp8", "SGD", "Optimizer", "optimizer", "arguments"),
+    *("Recipe", "SamplingRule", "StoreAs", "Trainer", "recipe", "store_as", "trainer", "model"),
+    *("MixedPrecisionPolicy", "fully_shard", "policy", "torch"),
+    *("any", "each", "fnmatchcase", "kept", "is_kept", "name", "weight"),
+}
+"""The names that the lines to train with next may have."""
 
 
 def check_code(source: str, names: Collection[str] = APPLY) -> None:
