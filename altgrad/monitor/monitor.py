@@ -57,7 +57,7 @@ from altgrad.monitor.known_losses import KnownLosses
 from altgrad.monitor.lagging_average import describe_lagging_average, describe_lags
 from altgrad.monitor.layer_settings import LayerSettings
 from altgrad.monitor.policy import StepPolicy
-from altgrad.monitor.run_storage import describe_storage
+from altgrad.monitor.run_storage import count_classes, describe_storage
 from altgrad.monitor.scale_state import ScaleState
 from altgrad.monitor.schedule import StepSchedule
 from altgrad.monitor.start_weights import StartWeights
@@ -329,7 +329,8 @@ class UpdateMonitor:
         """Describe formats, scaling, layers and recipes as plain data: a run file's header.
 
         `altgrad.report.RunFile` takes the header. Call this method after `attach`: the optimizers
-        tell how the run itself is stored, which the header has under ``now``. It is None before.
+        tell how the run itself is stored, which the header has under ``now``, and of which classes
+        they are, under ``optimizers``. Before, these are None and empty.
 
         Returns:
             A dict that JSON can hold.
@@ -348,6 +349,7 @@ class UpdateMonitor:
         return describe_run(self.formats, self.scaling, layers, self.recipes) | {
             "versions": {"torch": torch.__version__},
             "now": describe_storage(self._observer.optimizers, self.parameters.values()),
+            "optimizers": count_classes(self._observer.optimizers),
         }
 
     def count_elements(self, name: str) -> int:

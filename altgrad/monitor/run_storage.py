@@ -72,6 +72,11 @@ def describe_storage(
     }
 
 
+def count_classes(optimizers: Iterable[Optimizer]) -> dict[str, int]:
+    """Return how many optimizers there are of each class, by module and name of the class."""
+    return dict(Counter(describe_name(type(optimizer)) for optimizer in optimizers))
+
+
 def _count_weights(optimizers: Sequence[Optimizer], layers: set[Tensor]) -> Counter[_Way]:
     """Return the number of weights that are stored and stepped in each way, in order."""
     counts: Counter[_Way] = Counter()

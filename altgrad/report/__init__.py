@@ -9,9 +9,10 @@ Read it in this order:
 2. `judging` judges a run, and each of its layers.
 3. `run_report` combines a run with its verdicts, and `ranking` orders its layers. `drawings`, on
    figures of `canvas`, draws its pictures, and `applying` writes Python code that applies its
-   suggestions.
-4. `terminal`, which prints `terminal_runs` and `layer_table`, `web_page` and `exports` show the
-   report; `answers`, `cells`, `names` and `printing` hold what they share.
+   suggestions. `next_lines` proposes the lines to train with next: those of `library_lines`, with
+   the optimizers of `optimizer_lines`, and those of `simulation_lines`.
+4. `terminal`, which prints `terminal_runs`, `layer_table` and `terminal_next`, `web_page` and
+   `exports` show the report; `answers`, `cells`, `names` and `printing` hold what they share.
 5. `comparison` compares two runs, and `comparison_table` shows it. If one of them predicted how the
    other is stored, which `matching` finds out, `confirmation` sets the prediction beside what
    happened; `confirmation_table` and `confirmation_drawing` show it.
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from altgrad.report.judging.judge import Judge, StandardErrors, judge_run
     from altgrad.report.judging.summaries import write_nonfinite, write_sentence
     from altgrad.report.judging.verdicts import Advice, Assessment, RunAdvice, Verdict
+    from altgrad.report.next_lines import NextLine, list_next_lines
     from altgrad.report.ranking import list_lost, rank_layers
     from altgrad.report.records.fields import SCHEMA
     from altgrad.report.records.reading import read
@@ -83,6 +85,7 @@ __all__ = [
     "Judge",
     "LayerInfo",
     "Meaning",
+    "NextLine",
     "Pair",
     "Predecessor",
     "RecipeInfo",
@@ -107,6 +110,7 @@ __all__ = [
     "list_actions",
     "list_legend",
     "list_lost",
+    "list_next_lines",
     "list_rows",
     "page",
     "png",
@@ -140,6 +144,7 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
             "drawings": "heat_map kept_map ranges steps_histogram",
             "judging.decimals": "format_kept",
             "judging.judge": "Judge StandardErrors judge_run",
+            "next_lines": "NextLine list_next_lines",
             "ranking": "list_lost rank_layers",
             "records.fields": "SCHEMA",
             "records.reading": "read",

@@ -1,10 +1,10 @@
 """Write lines of Python that store each layer in the smallest format that stores it fine.
 
-Which formats store a layer fine is the result of `judging`. `write_code` is the public function.
-`_choose_formats` picks a format for each layer. `_write_rules` merges layers with similar names
-into one `altgrad.SamplingRule`, whose pattern `_Patterns` finds.
+Which formats store a layer fine is the result of `judging`. `write_code` picks a format for each
+layer and writes code. `write_rules` merges layers with similar names into one
+`altgrad.SamplingRule`, and `group_by_pattern` finds its pattern.
 
-`terminal`, `web_page` and `exports` show the code.
+Read `optimizer_lines` first; `simulation_lines` comes next. `exports` has the code in JSON.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from altgrad.quantization.block_formats import get_formats
 from altgrad.quantization.formats import Scaling
 from altgrad.report.judging.judge import find_smallest
 from altgrad.report.judging.verdicts import Advice, Assessment, Verdict
+from altgrad.report.optimizer_lines import list_makers, name_optimizers
 from altgrad.report.records.run import Run
 from altgrad.report.records.schema import FormatInfo
 
@@ -44,13 +45,14 @@ def write_code(run: Run, assessment: Assessment) -> str:
     stored = Counter(format for format in chosen.values() if format is not None)
     scaling = ""
     if run.scaling != "tensor":
-        scaling = f", scaling={_write_scaling(run.scaling)}"
+        scaling = f", scaling={write_scaling(run.scaling)}"
     if not stored:
         return _write_remedy(run, assessment, scaling)
     ((most, count),) = stored.most_common(1)
-    settings = _quote(most) + scaling
+    settings = quote(most) + scaling
     if count == len(chosen):
         return _join_lines(
+            run,
             "from altgrad import WeightStorage\n",
             "# Stores layers that were not observed, too.",
             f"storage = WeightStorage({settings})",
@@ -59,7 +61,7 @@ def write_code(run: Run, assessment: Assessment) -> str:
         "from altgrad import SamplingRule, WeightStorage\n",
         "# A rule stores all layers that it matches, also layers that were not observed.",
         f"storage = WeightStorage(\n    {settings},\n    layers=[",
-        *(f"        {rule}," for rule in _write_rules(chosen, most)),
+        *(f"        {rule}," for rule in write_rules(chosen, most)),
         '        SamplingRule("*", enabled=False),\n    ],\n)',
     ]
     if unchanged := [name for name, format in chosen.items() if format is None]:
@@ -73,7 +75,7 @@ def write_code(run: Run, assessment: Assessment) -> str:
                 "# If these layers lose updates, store them with another WeightStorage that has\n"
                 '# rounding="stochastic" or compensation="kahan".'
             )
-    return _join_lines(*lines)
+    return _join_lines(run, *lines)
 
 
 def _write_remedy(run: Run, assessment: Assessment, scaling: str) -> str:
@@ -88,17 +90,18 @@ def _write_remedy(run: Run, assessment: Assessment, scaling: str) -> str:
         name
         for name in lossy
         if name in run.formats
-        and _can_store(run, name)
+        and can_store(run, name)
         and all(_is_finer(run, layer, name) for layer in run.layers)
     ]
     if not judged:
         return ""
     largest = max(judged, key=lambda format: run.formats[format].bits)
     return _join_lines(
+        run,
         "from altgrad import WeightStorage\n",
         "# Rounded to nearest, no judged format that WeightStorage supports is known to\n"
         "# store a layer fine.",
-        f'storage = WeightStorage({_quote(largest)}{scaling}, rounding="stochastic")',
+        f'storage = WeightStorage({quote(largest)}{scaling}, rounding="stochastic")',
     )
 
 
@@ -114,8 +117,10 @@ def _loses_updates(advice: Advice) -> bool:
     return advice.verdict in (Verdict.WATCH, Verdict.NEEDS_REMEDY, Verdict.FROZEN)
 
 
-def _join_lines(*lines: str) -> str:
-    return "\n".join([*lines, "storage.attach(optimizer, module=model)  # before the monitor"])
+def _join_lines(run: Run, *lines: str) -> str:
+    """Return lines of code, and behind them the one that attaches the storage."""
+    optimizers = name_optimizers(list_makers(run))
+    return "\n".join([*lines, f"storage.attach({optimizers}, module=model)  # before the monitor"])
 
 
 def _choose_formats(run: Run, assessment: Assessment) -> dict[str, str | None]:
@@ -130,7 +135,7 @@ def _choose_formats(run: Run, assessment: Assessment) -> dict[str, str | None]:
         storable = [
             name
             for name in fine
-            if name in run.formats and _can_store(run, name) and _is_finer(run, layer, name)
+            if name in run.formats and can_store(run, name) and _is_finer(run, layer, name)
         ]
         chosen[layer] = find_smallest(storable, run.formats)
     return chosen
@@ -144,37 +149,64 @@ def _is_finer(run: Run, layer: str, format: str) -> bool:
     return run.layers[layer].dtype not in _SHORT_DTYPES or run.formats[format].bits < _SHORT_BITS
 
 
-def _can_store(run: Run, format: str) -> bool:
-    """Return True if `WeightStorage` can store weights in a format of the run, given by name.
+def can_store(run: Run, format: str) -> bool:
+    """Return True if `WeightStorage` can store weights in a format of this name.
 
     Formats that the user defined, and nvfp4, give False.
+
+    Args:
+        run: The run, for the formats that it judged.
+        format: Name of the format.
     """
     try:
         (found,) = get_formats(format)
     except ValueError:
         return False
-    if FormatInfo.from_format(found, run.scaling) != run.formats[format]:
+    judged = run.formats.get(format)
+    if judged is not None and FormatInfo.from_format(found, run.scaling) != judged:
         return False  # a user's format with the name of a built-in one
     return found.power_of_two  # WeightStorage supports power-of-two scales only
 
 
-def _write_rules(chosen: Mapping[str, str | None], default: str) -> list[str]:
+def write_rules(chosen: Mapping[str, str | None], default: str) -> list[str]:
     """Return source code of `SamplingRule` objects that store each layer in its chosen format.
 
-    `chosen` has the format by layer; layers with None get no rule. Layers whose names differ only
-    in numbers share a rule. A rule for the format `default` names no format.
+    Args:
+        chosen: The format by name of the layer; a layer with None gets no rule. Layers whose names
+            differ only in numbers share a rule.
+        default: The format that a rule need not name.
+
+    Returns:
+        The code of each rule, such as ``SamplingRule("blocks.*.weight", formats="bf16")``.
     """
-    rules: list[str] = []
+    return [
+        f"SamplingRule({quote(pattern)}"
+        + ("" if format == default else f", formats={quote(format)}")
+        + ")"
+        for pattern, format in group_by_pattern(chosen).items()
+    ]
+
+
+def group_by_pattern(chosen: Mapping[str, str | None]) -> dict[str, str]:
+    """Return few patterns of `fnmatch` that match all names with a value, each with that value.
+
+    Args:
+        chosen: A value, such as a format, by name, such as that of a layer. No pattern matches a
+            name that has another value, or None.
+
+    Returns:
+        The value by pattern, such as ``{"blocks.*.weight": "bf16"}``.
+    """
+    found: dict[str, str] = {}
     covered: set[str] = set()
     patterns = _Patterns(chosen)
-    for name, format in chosen.items():
-        if format is None or name in covered:
+    for name, value in chosen.items():
+        if value is None or name in covered:
             continue
         pattern, matched = patterns.widen(name)
         covered |= matched
-        more = "" if format == default else f", formats={_quote(format)}"
-        rules.append(f"SamplingRule({_quote(pattern)}{more})")
-    return rules
+        found[pattern] = value
+    return found
 
 
 class _Patterns:
@@ -229,15 +261,15 @@ class _Patterns:
         return matched if len({self._chosen[name] for name in matched}) == 1 else set()
 
 
-def _quote(text: str) -> str:
+def quote(text: str) -> str:
     """Return a text as a string literal of Python, in double quotes if possible."""
     return f'"{text}"' if text.isprintable() and not {*text} & {'"', "\\"} else repr(text)
 
 
-def _write_scaling(scaling: Scaling | None) -> str:
+def write_scaling(scaling: Scaling | None) -> str:
     """Return a scaling, such as ``("block", 32)``, as Python source code."""
     if scaling is None:
         return "None"
     if isinstance(scaling, tuple):
-        return f"({_quote(scaling[0])}, {scaling[1]!r})"
-    return _quote(scaling)
+        return f"({quote(scaling[0])}, {scaling[1]!r})"
+    return quote(scaling)

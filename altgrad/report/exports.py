@@ -15,6 +15,7 @@ from altgrad.report.answers import write_storage
 from altgrad.report.confirmation import MEANING, Confirmation, ConfirmedLayer
 from altgrad.report.judging.tallies import STEP_METRICS, TWIN_METRICS
 from altgrad.report.judging.verdicts import Advice
+from altgrad.report.next_lines import list_next_lines
 from altgrad.report.records.kinds import number_as_json
 from altgrad.report.records.run import Row, Run
 from altgrad.report.records.schema import info_as_json
@@ -38,7 +39,8 @@ def as_json(report: RunReport) -> dict[str, Any]:
 
     Returns:
         The run, its summary and notes. Under ``runs`` the verdict on the run by recipe, ``now``
-        for what the run itself loses; by layer and recipe the verdict with its figures. If the run
+        for what the run itself loses; by layer and recipe the verdict with its figures. Under
+        ``next_lines`` the lines of Python to train with, and why. If the run
         tried recipes on samples (twins), also the recipes and their last figures.
     """
     by_layer, suggestions = report.by_layer, report.assessment.suggestions
@@ -65,6 +67,7 @@ def as_json(report: RunReport) -> dict[str, Any]:
             for layer, advice in by_layer.items()
         },
         "to_apply": report.to_apply,
+        "next_lines": [line._asdict() for line in list_next_lines(report)],
         "notes": report.notes,
     }
     return value | (_convert_twins(report.run) if report.run.recipes else {})

@@ -3,17 +3,17 @@
 `print_first_screen` prints in 24 lines what a decision needs, and `print_report` prints all. Tables
 are split and names are shortened to fit the width of the console.
 
-Read `printing`, `terminal_runs` and `layer_table` first.
+Read `printing`, `terminal_runs`, `layer_table` and `terminal_next` first.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from altgrad._messages import format_count
 from altgrad.report.cells import KEPT_MEANING
 from altgrad.report.layer_table import print_layers
 from altgrad.report.printing import indent, print_line, print_meaning, print_text, style_text
+from altgrad.report.terminal_next import print_next
 from altgrad.report.terminal_runs import print_legends, print_runs
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from altgrad.report.run_report import RunReport
 
-_MOST_LINES = 40  # lines of code that are printed; more push the verdicts out of sight
 _HEIGHT = 24  # lines of a small terminal
 _FEWEST_LAYERS = 1
 """Layers in the table of the first screen, even if there is no room for them."""
@@ -56,8 +55,8 @@ def print_report(report: RunReport, console: Console, most_layers: int | None = 
     """Print the whole report of a run: whether it would still train if it were stored otherwise.
 
     First come the observed steps and what each recipe, a way to store the run, would keep. Then
-    come a table of layers and recipes, what its words mean, and notes. Python code stores the
-    weights of each layer in a format that is fine for it.
+    come a table of layers and recipes, what its words mean, the lines of Python to train with next,
+    and notes.
 
     Args:
         report: Report of the run.
@@ -68,7 +67,7 @@ def print_report(report: RunReport, console: Console, most_layers: int | None = 
     print_layers(report, console, most_layers)
     _print_legend(report, console)
     print_legends(report, console)
-    _print_to_apply(report, console)
+    print_next(report, console, most=None)
     _print_notes(report, console)
 
 
@@ -83,20 +82,3 @@ def _print_legend(report: RunReport, console: Console) -> None:
 def _print_notes(report: RunReport, console: Console) -> None:
     for note in report.notes:
         print_text(console, f"Note: {note}", "yellow")
-
-
-def _print_to_apply(report: RunReport, console: Console) -> None:
-    """Print Python code that stores each layer in a format that is fine for it, to be copied.
-
-    Instead of more than 40 lines, a sentence says where the code is.
-    """
-    lines = report.to_apply.splitlines()
-    if len(lines) > _MOST_LINES:
-        count = format_count(len(lines), "line")
-        print_text(console, f"The {count} that apply the suggestions are in --html and --json.")
-    elif lines:
-        print_text(console, "")
-        print_text(console, "To try it, in a simulation that keeps weights in these formats:")
-        print_text(console, "")
-        for line in lines:
-            print_line(line, console)

@@ -6,7 +6,9 @@ what one run predicted, `confirmation_page`, replaces the content of page.html b
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,7 @@ from altgrad.report.judging.decimals import format_difference, format_figure, fo
 from altgrad.report.judging.summaries import write_nonfinite
 from altgrad.report.judging.verdicts import Assessment, Verdict
 from altgrad.report.names import replace_unprintable_in_lines
+from altgrad.report.next_lines import NextLine, list_next_lines
 from altgrad.report.run_report import RunReport
 
 if TYPE_CHECKING:
@@ -60,6 +63,7 @@ def page(report: RunReport) -> str:
             **_fill_first_screen(report.assessment, report),
             run=report.run,
             visible=write_visible(report.visible),
+            next_lines=_group_by_recipe(list_next_lines(report)),
             kept_meaning=KEPT_MEANING,
             short_legend=write_short_legend(report.assessment.advice),
             nan=math.nan,
@@ -107,6 +111,11 @@ def _fill_first_screen(assessment: Assessment, report: RunReport | None) -> dict
         "actions": list_actions(runs),
         "broken": write_nonfinite(assessment.nonfinite, assessment.advice),
     }
+
+
+def _group_by_recipe(lines: Iterable[NextLine]) -> list[list[NextLine]]:
+    """Return the lines of each recipe, in order."""
+    return [[*each] for _, each in itertools.groupby(lines, key=lambda line: line.recipe)]
 
 
 def confirmation_page(confirmation: Confirmation) -> str:

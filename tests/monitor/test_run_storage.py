@@ -135,3 +135,18 @@ def test_a_header_says_nothing_of_the_run_before_its_optimizers_are_known() -> N
     assert UpdateMonitor(net).run_header()["now"] is None
     optimizer = torch.optim.AdamW(net[0].parameters(), lr=1e-3)
     assert describe_storage([optimizer], net[1].parameters()) is None
+
+
+def test_the_header_counts_the_optimizers_of_each_class() -> None:
+    net = make_net()
+    first, second, third = (
+        torch.optim.AdamW(net[0].parameters()),
+        torch.optim.SGD([net[1].weight]),
+        torch.optim.SGD([net[1].bias]),
+    )
+    monitor = UpdateMonitor(net, formats="e2m1fn", recipes=(), warn=lambda _: None)
+    assert monitor.run_header()["optimizers"] == {}
+    with monitor.attach(first, second, third):
+        header = Header.from_json(json.loads(json.dumps(monitor.run_header())))
+    assert header.optimizers == {"torch.optim.adamw.AdamW": 1, "torch.optim.sgd.SGD": 2}
+    assert header.as_json()["optimizers"] == dict(header.optimizers)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -17,14 +18,18 @@ from torch import nn
 from altgrad import FloatFormat, WeightStorage
 from altgrad.quantization.block_formats import get_formats
 from altgrad.report import Advice, Assessment, FormatInfo, LayerInfo, Run, Verdict
-from altgrad.report.applying import write_code
+from altgrad.report.applying import group_by_pattern, write_code, write_rules
 
 FINE, WATCH = Verdict.STORES_FINE, Verdict.WATCH
 OWN = {"mine": FloatFormat("mine", exponent_bits=3, mantissa_bits=2, bias=3)}
 
 
 def write_lines(
-    verdicts: dict[str, dict[str, Verdict]], scaling="tensor", own=OWN, dtype="float32"
+    verdicts: dict[str, dict[str, Verdict]],
+    scaling="tensor",
+    own=OWN,
+    dtype="float32",
+    optimizers=MappingProxyType({}),
 ) -> str:
     """Write the code for a run with these verdicts by layer and format."""
     names = dict.fromkeys(f for by_format in verdicts.values() for f in by_format)
@@ -35,7 +40,7 @@ def write_lines(
         for layer, by_format in verdicts.items()
         for format, verdict in by_format.items()
     ]
-    run = Run(Path("run"), formats, scaling, layers, [], [], [], {}, "")
+    run = Run(Path("run"), formats, scaling, layers, [], [], [], {}, "", optimizers=optimizers)
     return write_code(run, Assessment({}, advice, {}, ""))
 
 
@@ -259,3 +264,17 @@ def test_no_scaling_is_read_as_code(scaling) -> None:
     assert {ast.unparse(call.func) for call in calls} == {
         *("SamplingRule", "WeightStorage", "storage.attach")
     }
+
+
+def test_patterns_match_exactly_the_names_with_their_value() -> None:
+    chosen = {"a.0.norm": "kept", "a.1.norm": "kept", "a.0.mlp": None, "norm": "kept", "b.0": "x"}
+    assert group_by_pattern(chosen) == {"a.*.norm": "kept", "norm": "kept", "b.*": "x"}
+    assert write_rules(chosen, "kept")[-1] == 'SamplingRule("b.*", formats="x")'
+
+
+def test_several_optimizers_are_all_attached() -> None:
+    verdicts = {"a": {"bf16": FINE}, "b": {"bf16": WATCH}}
+    two = {"torch.optim.adamw.AdamW": 1, "torch.optim.sgd.SGD": 1}
+    assert "storage.attach(optimizer_1, optimizer_2, module=model)" in write_lines(
+        verdicts, optimizers=two
+    )

@@ -10,7 +10,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from altgrad.report import Confirmation, LayerInfo, RecipeInfo, Row, RunReport, Verdict
+from altgrad.report import (
+    Confirmation,
+    LayerInfo,
+    NextLine,
+    RecipeInfo,
+    Row,
+    RunReport,
+    Verdict,
+    list_next_lines,
+    read,
+)
 from altgrad.report.exports import (
     as_csv,
     as_json,
@@ -99,6 +109,12 @@ def test_numbers_without_a_value_are_none_in_json_and_empty_in_csv() -> None:
     assert row["layer"] == 'a,"b"\nc'
     assert (row["kept_update_ratio"], row["underflow_frac"]) == ("", "0.0")
     assert row["kept_update_ratio_error"] == ""
+
+
+def test_json_has_the_next_lines(run: Path) -> None:
+    report = RunReport.from_run(read(run))
+    lines = as_json(report)["next_lines"]
+    assert [NextLine(**line) for line in lines] == list_next_lines(report) != []
 
 
 def test_json_has_steps_skipped_steps_notes_and_versions() -> None:

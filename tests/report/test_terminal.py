@@ -120,18 +120,15 @@ def test_a_report_of_many_layers_fits_one_screen_and_shows_all_on_demand(tmp_pat
     rows = [line.split() for line in lines if "projection.weight " in line]
     assert len(rows) == 2000
     assert all(row[1:] == ["1.00", "1.00"] for row in rows)
-    assert 'SamplingRule("encoder.blocks.*.attention.query_key_value.projection.weight"),' in (
-        line.strip() for line in lines
-    )
 
 
-def test_code_to_copy_is_shown_completely_or_not_at_all(run: Path, tmp_path: Path) -> None:
-    shown = altgrad("report", run, "--all", columns=40).stdout
-    assert json.loads(altgrad("report", run, "--json", "-").stdout)["to_apply"] + "\n" in shown
-    names = [f"layer{k}.gain" for k in range(120)]
-    many = altgrad("report", write_run(tmp_path, names[::2], names[1::2]), "--all").stdout
-    assert "lines that apply the suggestions are in --html and --json." in many
-    assert "SamplingRule" not in many
+def test_the_next_lines_stand_at_the_end(run: Path) -> None:
+    shown = altgrad("report", run, "--all").stdout.splitlines()
+    first = json.loads(altgrad("report", run, "--json", "-").stdout)["next_lines"][0]
+    begin = next(k for k, line in enumerate(shown) if line.startswith("Next: "))
+    assert [*filter(None, first["code"].splitlines())] == [
+        line for line in shown[begin:] if line in first["code"].splitlines()
+    ][: len([*filter(None, first["code"].splitlines())])]
 
 
 def test_a_run_without_an_observed_step_is_reported_as_such(tmp_path: Path) -> None:

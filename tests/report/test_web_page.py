@@ -18,6 +18,7 @@ from altgrad.report import (
     Run,
     RunReport,
     confirmation_page,
+    list_next_lines,
     page,
     read,
     write_answer,
@@ -320,3 +321,14 @@ def test_the_page_of_a_prediction_can_be_searched_and_sorted(tmp_path: Path) -> 
     assert {*result["by_name"]} == {*result["all"]}
     assert result["found"] == ["gain"]
     assert not result["wider"]
+
+
+def test_the_page_has_all_next_lines(run: Path) -> None:
+    report = RunReport.from_run(read(run))
+    html = unescape(page(report))
+    lines = list_next_lines(report)
+    assert len({line.recipe for line in lines}) > 0
+    for line in lines:
+        assert line.code in html
+        assert f"<h3>{line.why}</h3>" in html
+    assert html.count("<h3>") == len({line.recipe for line in lines})

@@ -156,6 +156,7 @@ HEADER = Fields(
         "loggers": (Items(LOGGER, 0, _MOST_KEYS), ()),
         "recipes": (Table(RECIPE, _MOST_RECIPES), {}),
         "now": (Nullable(RECIPE), None),
+        "optimizers": (Table(Whole(1, LARGEST), _MOST_KEYS), {}),
     },
 )
 

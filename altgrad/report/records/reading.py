@@ -114,6 +114,7 @@ def read(path: str | os.PathLike[str]) -> Run:
         loggers=last.header.loggers,
         recipes={**last.header.recipes, **recipes},
         now=last.header.now,
+        optimizers=last.header.optimizers,
         verdicts=next((each.verdicts[-1][1] for each in files if each.verdicts), {}),
     )
 

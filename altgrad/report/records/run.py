@@ -123,6 +123,7 @@ class Run:
         loggers: Name, id and version of the run in each logger, as in `altgrad.report.Header`.
         recipes: By name, the recipes for storing weights that were tried on samples (twins).
         now: How the run itself stores its weights, as in `altgrad.report.Header`; None if unknown.
+        optimizers: The number of optimizers of each class, as in `altgrad.report.Header`.
         verdicts: The last verdicts that the run wrote on itself, by name of the recipe, ``now`` for
             what it lost itself. Each has the keys of docs/run-file.md, such as ``verdict``. Empty
             if the run wrote none.
@@ -140,6 +141,7 @@ class Run:
     loggers: Sequence[Mapping[str, str | None]] = ()
     recipes: Mapping[str, RecipeInfo] = field(default_factory=dict)
     now: RecipeInfo | None = None
+    optimizers: Mapping[str, int] = field(default_factory=dict)
     verdicts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __repr__(self) -> str:

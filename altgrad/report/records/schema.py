@@ -155,6 +155,8 @@ class Header:
         recipes: By name, the recipes for storing weights that are tried on samples (twins).
         now: How the run itself stores and steps its weights; None if unknown. If layers differ, it
             is how most weights below 32 bits are stored, or most weights if there are none.
+        optimizers: The number of optimizers of each class, by module and name of the class; empty
+            if unknown.
     """
 
     formats: Mapping[str, FormatInfo]
@@ -166,6 +168,7 @@ class Header:
     loggers: Sequence[Mapping[str, str | None]] = ()
     recipes: Mapping[str, RecipeInfo] = field(default_factory=dict)
     now: RecipeInfo | None = None
+    optimizers: Mapping[str, int] = field(default_factory=dict)
 
     def is_like(self, other: Header) -> bool:
         """Return True if both headers have equal formats, scaling, layers, recipes and storage.
@@ -193,6 +196,7 @@ class Header:
             "loggers": [dict(each) for each in self.loggers],
             "recipes": {name: info_as_json(each) for name, each in self.recipes.items()},
             "now": self.now and info_as_json(self.now),
+            "optimizers": dict(self.optimizers),
         }
 
     @classmethod

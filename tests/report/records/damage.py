@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +22,7 @@ from altgrad.report import (
     Run,
     RunFileError,
     RunReport,
+    list_next_lines,
     page,
     print_comparison,
     print_report,
@@ -124,19 +125,31 @@ def show(run: Run) -> None:
             assert all(line.isprintable() for line in file.getvalue().split("\n"))
     assert len([*csv.reader(io.StringIO(as_csv(report)))]) == 1 + len(report.assessment.advice)
     check_code(report.to_apply)
+    for line in list_next_lines(report):
+        check_code(line.code, NEXT)
 
 
 def show_page(run: Run) -> None:
     assert page(RunReport.from_run(run)).encode().endswith(b"</html>")
 
 
-def check_code(source: str) -> None:
-    """Check that code calls nothing but what applies formats, and names nothing else."""
+APPLY = ("SamplingRule", "WeightStorage", "storage", "optimizer", "model")
+NEXT = {
+    *("AdamW", "_AdamW", "AdamW8bit", "AdamWFp8", "SGD", "Optimizer", "optimizer", "arguments"),
+    *("Recipe", "SamplingRule", "StoreAs", "Trainer", "recipe", "store_as", "trainer", "model"),
+    *("MixedPrecisionPolicy", "fully_shard", "policy", "torch"),
+    *("any", "each", "fnmatchcase", "kept", "is_kept", "name", "weight"),
+}
+"""The names that the lines to train with next may have."""
+
+
+def check_code(source: str, names: Collection[str] = APPLY) -> None:
+    """Check that code uses nothing but these names, and calls only them and their attributes."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call):
-            assert ast.unparse(node.func) in ("SamplingRule", "WeightStorage", "storage.attach")
-        elif isinstance(node, ast.Name):
-            assert node.id in ("SamplingRule", "WeightStorage", "storage", "optimizer", "model")
+        if isinstance(node, ast.Name):
+            assert node.id in names, node.id
+        elif isinstance(node, ast.Call):
+            assert isinstance(node.func, (ast.Name, ast.Attribute))
 
 
 def read_or_sentence(path: Path) -> Run | str:
