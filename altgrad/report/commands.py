@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeAlias
 
@@ -16,12 +16,13 @@ import typer
 from rich.console import Console
 
 from altgrad.report.comparison import Comparison
+from altgrad.report.conditions import Condition, parse_condition
 from altgrad.report.confirmation import find_confirmation
 from altgrad.report.confirmation_table import print_confirmation
 from altgrad.report.exports import as_csv, as_json, confirmation_as_csv, confirmation_as_json
 from altgrad.report.matching import describe_no_match
 from altgrad.report.names import replace_unprintable
-from altgrad.report.outputs import find_refusal
+from altgrad.report.outputs import find_obstacle, find_refusal
 from altgrad.report.printing import print_line
 from altgrad.report.records.reading import read
 from altgrad.report.records.run import Run
@@ -51,6 +52,10 @@ def report(
     as_csv_: Annotated[
         Path | None, typer.Option("--csv", metavar="[FILE]", help="Write the verdicts as CSV.")
     ] = None,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CONDITION", help="Exit with 1 if it holds; may be repeated."),
+    ] = None,
     layers: _Layers = 40,
     force: _Force = False,
 ) -> None:
@@ -59,16 +64,23 @@ def report(
     The page works without a network. With - as FILE, only that output is shown;
     --json and --csv behind RUN need no FILE for this.
 
+    A CONDITION is 'frozen:RECIPE', 'frozen:RECIPE>SHARE', 'lost:RECIPE>SHARE',
+    'not-fine:RECIPE' or 'nan'; a RECIPE may be now, or a pattern with *. Without
+    an observed step the exit code is 1, too.
+
     \f
     Args:
         run: Log directory of a run, or its run file.
         html: File for the HTML page.
         as_json_: File for the verdicts as JSON.
         as_csv_: File for the verdicts as CSV.
+        fail_on: Conditions on which the exit code is 1, as `parse_condition` reads them.
         layers: Maximum number of layers in the table; 0 shows all.
         force: If True, replace files of any kind.
     """  # noqa: D301 - typer's help ends at the form feed; the options have their own help
+    conditions = _parse(fail_on or ())
     found = RunReport.from_run(_read(run))
+    problems = _test(conditions, found)
     outputs: list[_Output] = [
         (html, lambda: page(found)),
         (as_json_, lambda: _format_json(as_json(found))),
@@ -80,6 +92,7 @@ def report(
         (found.run,),
         force=force,
     )
+    _exit_if_any(problems)
 
 
 def compare(
@@ -166,6 +179,8 @@ def _show(
     chosen = [(path, make_text) for path, make_text in outputs if path is not None]
     files = [path for path, _ in chosen if path != _TERMINAL]
     inputs = [path for run in runs for path in (run.path, *run.predecessors)]
+    if obstacle := find_obstacle(files):
+        _fail(obstacle)
     if not force and (refusal := find_refusal(files, inputs)):
         _fail(f"{refusal}; choose another file, or pass --force")
     shows_all = len(files) == len(chosen)  # or the terminal shows another output alone
@@ -175,6 +190,31 @@ def _show(
         _write(path, make_text())
         if shows_all:
             print_line(f"Written: {path}", Console())
+
+
+def _parse(conditions: Iterable[str]) -> list[Condition]:
+    try:
+        return [parse_condition(each) for each in conditions]
+    except ValueError as error:
+        _fail(str(error))
+
+
+def _test(conditions: Sequence[Condition], report: RunReport) -> list[str]:
+    """Return a sentence for each condition that holds, or one if no step was observed."""
+    try:
+        problems = [problem for each in conditions if (problem := each.test(report))]
+    except ValueError as error:
+        _fail(str(error))
+    nothing = f"{report.run.path}: no step was observed, so that nothing could be judged"
+    return problems if report.run.steps else [nothing]
+
+
+def _exit_if_any(problems: Sequence[str]) -> None:
+    """Print problems to stderr, a line for each, and exit with 1; return without any."""
+    for problem in problems:
+        sys.stderr.write(replace_unprintable(problem) + "\n")
+    if problems:
+        raise typer.Exit(1)
 
 
 def _format_json(value: Mapping[str, Any]) -> str:

@@ -39,12 +39,19 @@ def test_an_unreadable_file_gives_one_line_on_stderr(
     assert failed.stderr.count("\n") == 1
 
 
-def test_an_unwritable_output_gives_one_line_on_stderr(run: Path, tmp_path: Path) -> None:
-    failed = altgrad("report", run, "--html", tmp_path / "missing" / "page.html")
-    assert failed.returncode == 2
-    assert failed.stderr.strip().endswith(
-        "page.html: file cannot be written (No such file or directory)"
-    )
+@pytest.mark.parametrize("option", ["--html", "--json", "--csv"])
+def test_a_file_that_cannot_be_written_is_said_before_the_report(
+    run: Path, tmp_path: Path, option: str
+) -> None:
+    for path, problem in (
+        (tmp_path / "missing" / "page", f"the folder {tmp_path / 'missing'} is missing"),
+        (tmp_path, "this is a folder"),
+    ):
+        for more in ((), ("--force",)):
+            failed = altgrad("report", run, option, path, *more)
+            assert (failed.returncode, failed.stdout) == (2, "")
+            assert failed.stderr.startswith(f"{path}: file cannot be written: {problem}; ")
+            assert failed.stderr.count("\n") == 1
 
 
 def test_files_are_written_in_addition_to_the_terminal_and_each_is_named(
@@ -156,7 +163,8 @@ def test_a_prediction_is_written_to_files_as_a_report_is(
     assert [value["predicting"], value["real"]] == [*map(str, runs)]
     assert value["frozen"]["both"] >= 1
     failed = altgrad("compare", *runs, "--json", tmp_path / "missing" / "x")
-    assert (failed.returncode, "file cannot be written" in failed.stderr) == (2, True)
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert "file cannot be written" in failed.stderr
     table.write_text("mine")
     refused = altgrad("compare", *runs, "--csv", table)
     assert (refused.returncode, table.read_text()) == (2, "mine")
