@@ -10,8 +10,8 @@ Read it in this order:
 3. `run_report` combines a run with its verdicts, and `ranking` orders its layers. `drawings`, on
    figures of `canvas`, draws its pictures, and `applying` writes Python code that applies its
    suggestions.
-4. `terminal`, which begins with `terminal_runs`, `web_page` and `exports` show the report;
-   `answers`, `cells`, `names` and `printing` hold what they share.
+4. `terminal`, which begins with `terminal_runs`, `web_page`, `markdown` and `exports` show the
+   report; `answers`, `cells`, `names` and `printing` hold what they share.
 5. `comparison` compares two runs. If one of them predicted how the other is stored, which
    `matching` finds out, `confirmation` sets the prediction beside what happened;
    `confirmation_table` and `confirmation_drawing` show it.
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from altgrad.report.judging.judge import Judge, StandardErrors, judge_run
     from altgrad.report.judging.summaries import write_nonfinite, write_sentence
     from altgrad.report.judging.verdicts import Advice, Assessment, RunAdvice, Verdict
+    from altgrad.report.markdown import write_comment, write_verdicts
     from altgrad.report.ranking import list_lost, rank_layers
     from altgrad.report.records.fields import SCHEMA
     from altgrad.report.records.reading import read
@@ -117,8 +118,10 @@ __all__ = [
     "steps_histogram",
     "svg",
     "write_answer",
+    "write_comment",
     "write_nonfinite",
     "write_sentence",
+    "write_verdicts",
 ]
 
 if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
@@ -135,6 +138,7 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
             "confirmation_table": "print_confirmation",
             "drawings": "heat_map kept_map ranges steps_histogram",
             "judging.judge": "Judge StandardErrors judge_run",
+            "markdown": "write_comment write_verdicts",
             "ranking": "list_lost rank_layers",
             "records.fields": "SCHEMA",
             "records.reading": "read",

@@ -20,6 +20,7 @@ from altgrad.report.conditions import Condition, parse_condition
 from altgrad.report.confirmation import find_confirmation
 from altgrad.report.confirmation_table import print_confirmation
 from altgrad.report.exports import as_csv, as_json, confirmation_as_csv, confirmation_as_json
+from altgrad.report.markdown import write_comment
 from altgrad.report.matching import describe_no_match
 from altgrad.report.names import replace_unprintable
 from altgrad.report.outputs import find_obstacle, find_refusal
@@ -52,6 +53,10 @@ def report(
     as_csv_: Annotated[
         Path | None, typer.Option("--csv", metavar="[FILE]", help="Write the verdicts as CSV.")
     ] = None,
+    markdown: Annotated[
+        Path | None,
+        typer.Option("--markdown", metavar="[FILE]", help="Write a comment for GitHub."),
+    ] = None,
     fail_on: Annotated[
         list[str] | None,
         typer.Option(metavar="CONDITION", help="Exit with 1 if it holds; may be repeated."),
@@ -62,7 +67,7 @@ def report(
     """Report whether a run, and each of its layers, would train if stored otherwise.
 
     The page works without a network. With - as FILE, only that output is shown;
-    --json and --csv behind RUN need no FILE for this.
+    --json, --csv and --markdown behind RUN need no FILE for this.
 
     A CONDITION is 'frozen:RECIPE', 'frozen:RECIPE>SHARE', 'lost:RECIPE>SHARE',
     'not-fine:RECIPE' or 'nan'; a RECIPE may be now, or a pattern with *. Without
@@ -74,6 +79,7 @@ def report(
         html: File for the HTML page.
         as_json_: File for the verdicts as JSON.
         as_csv_: File for the verdicts as CSV.
+        markdown: File for the first screen as Markdown.
         fail_on: Conditions on which the exit code is 1, as `parse_condition` reads them.
         layers: Maximum number of layers in the table; 0 shows all.
         force: If True, replace files of any kind.
@@ -85,6 +91,7 @@ def report(
         (html, lambda: page(found)),
         (as_json_, lambda: _format_json(as_json(found))),
         (as_csv_, lambda: as_csv(found)),
+        (markdown, lambda: write_comment(found)),
     ]
     _show(
         lambda console: print_report(found, console, layers or None),

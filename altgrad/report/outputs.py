@@ -19,10 +19,11 @@ _REPORT = re.compile(
     rb'|\{\s*"path": ' + _TEXT + rb',\s*"created": ' + _TEXT + rb',\s*"versions": \{'
     rb'|\{\s*"predicting": ' + _TEXT + rb',\s*"real": ' + _TEXT + rb',\s*"recipe": '
     rb"|layer,(?:format|recipe),verdict,"
-    rb"|layer,step,frozen_frac_predicted,",
+    rb"|layer,step,frozen_frac_predicted,"
+    rb"|<!-- altgrad report -->",
     re.DOTALL,
 )
-"""Pattern of how the pages of `web_page`, and the JSON and CSV of `exports`, begin."""
+"""Pattern of how pages, JSON, CSV and Markdown of AltGrad begin."""
 
 _HEAD = 2**16  # bytes; longer than any path in the beginning of JSON
 
