@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeAlias
 
@@ -16,12 +17,19 @@ import typer
 from rich.console import Console
 
 from altgrad.report.comparison import Comparison
+from altgrad.report.comparison_page import comparison_page
 from altgrad.report.conditions import Condition, parse_condition
 from altgrad.report.confirmation import find_confirmation
 from altgrad.report.confirmation_table import print_confirmation
-from altgrad.report.exports import as_csv, as_json, confirmation_as_csv, confirmation_as_json
+from altgrad.report.exports import (
+    as_csv,
+    as_json,
+    comparison_as_csv,
+    comparison_as_json,
+    confirmation_as_csv,
+    confirmation_as_json,
+)
 from altgrad.report.markdown import write_comment
-from altgrad.report.matching import describe_no_match
 from altgrad.report.names import replace_unprintable
 from altgrad.report.outputs import find_obstacle, find_refusal
 from altgrad.report.printing import print_line
@@ -42,6 +50,8 @@ _Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Writ
 _Force = Annotated[bool, typer.Option("--force", help="Replace files that are no reports, too.")]
 _Output: TypeAlias = tuple[Path | None, Callable[[], str]]
 """A file that the user wants, ``-`` for standard output or None, and a function for its text."""
+_Print: TypeAlias = Callable[[Console], object]
+"""A function that prints in the terminal what a command found."""
 
 
 def report(
@@ -122,10 +132,9 @@ def compare(
     """Compare two runs: what one predicted and what happened, or their verdicts.
 
     A run predicts the other if it tried the recipe by which that one is stored,
-    such as bf16-true. Then the layers that differ most from it come first, and
-    --html, --json and --csv write the figures. Otherwise the layers whose
-    verdicts differ come first. A verdict says whether a layer would still train
-    if its weights were stored in a number format.
+    such as bf16-true. Then the layers that differ most from it come first.
+    Otherwise the layers whose verdicts differ come first. A verdict says whether
+    a layer would still train if its weights were stored in a number format.
 
     \f
     Args:
@@ -144,32 +153,25 @@ def compare(
     except ValueError as error:
         _fail(str(error))
     if found is None:
-        if any(path is not None for path in (html, as_json_, as_csv_)):
-            _fail("--html, --json and --csv: " + _explain_no_confirmation(runs))
-        reports = RunReport.from_run(runs[0]), RunReport.from_run(runs[1])
-        print_comparison(Comparison(reports), Console(), layers or None)
-        return
-    outputs: list[_Output] = [
-        (html, lambda: confirmation_page(found)),
-        (as_json_, lambda: _format_json(confirmation_as_json(found))),
-        (as_csv_, lambda: confirmation_as_csv(found)),
-    ]
-    _show(
-        lambda console: print_confirmation(found, console, layers or None),
-        outputs,
-        runs,
-        force=force,
-    )
-
-
-def _explain_no_confirmation(runs: tuple[Run, Run]) -> str:
-    """Return what two runs must be for an output of `compare`, and what is missing."""
-    expected = "expected a run that tried the recipe by which the other one is stored"
-    return "; ".join((expected, *describe_no_match(*runs), "leave them out to compare verdicts"))
+        comparison = Comparison((RunReport.from_run(runs[0]), RunReport.from_run(runs[1])))
+        outputs: list[_Output] = [
+            (html, lambda: comparison_page(comparison)),
+            (as_json_, lambda: _format_json(comparison_as_json(comparison))),
+            (as_csv_, lambda: comparison_as_csv(comparison)),
+        ]
+        print_all: _Print = partial(print_comparison, comparison, most=layers or None)
+    else:
+        outputs = [
+            (html, lambda: confirmation_page(found)),
+            (as_json_, lambda: _format_json(confirmation_as_json(found))),
+            (as_csv_, lambda: confirmation_as_csv(found)),
+        ]
+        print_all = partial(print_confirmation, found, most=layers or None)
+    _show(print_all, outputs, runs, force=force)
 
 
 def _show(
-    print_all: Callable[[Console], object],
+    print_all: _Print,
     outputs: Sequence[_Output],
     runs: Sequence[Run],
     *,

@@ -55,7 +55,7 @@ def page(report: RunReport) -> str:
     runs = report.assessment.runs
     rows = list_rows(runs)
     return (
-        _make_environment()
+        make_environment()
         .get_template("page.html")
         .render(
             report=report,
@@ -96,7 +96,7 @@ def confirmation_page(confirmation: Confirmation) -> str:
     Raises:
         ImportError: jinja2 or matplotlib is missing.
     """
-    environment = _make_environment()
+    environment = make_environment()
     environment.filters |= {
         "figure": format_figure,
         "difference": format_difference,
@@ -112,7 +112,7 @@ def confirmation_page(confirmation: Confirmation) -> str:
     )
 
 
-def _make_environment() -> Environment:
+def make_environment() -> Environment:
     """Return an environment of jinja2 with the templates of this package, which escapes names."""
     from jinja2 import Environment, FunctionLoader
 

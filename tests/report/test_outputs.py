@@ -149,7 +149,7 @@ def test_force_replaces_any_file(tmp_path: Path) -> None:
     notes.write_text("mine")
     for output in (notes, run):
         assert report_onto(output, run, "--force") == (0, "")
-        assert output.read_text().startswith('{\n "path": ')
+        assert output.read_text().startswith('{\n "schema": 1,\n "kind": "report",')
 
 
 def test_a_file_that_cannot_be_read_is_no_output(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ A run file has a line for each layer and for the model in each measured step. Mo
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS
 from altgrad.measurement.histogram import Histogram
 from altgrad.measurement.intervals import find_interval
 from altgrad.quantization.formats import Scaling
+from altgrad.report.frames import make_frame
 from altgrad.report.records.schema import FormatInfo, LayerInfo, RecipeInfo
 
 
@@ -175,10 +175,6 @@ class Run:
         Raises:
             ImportError: pandas is missing.
         """
-        try:
-            pandas = importlib.import_module("pandas")
-        except ImportError as error:
-            raise ImportError("to_pandas(): expected pandas; run pip install pandas") from error
         keys = dict.fromkeys(key for row in self.rows for key in row.figures)
         error_keys = dict.fromkeys(key for row in self.rows for key in row.errors)
         columns: dict[str, list[Any]] = {
@@ -192,7 +188,7 @@ class Run:
             key.replace("/", "_error/", 1): [row.errors.get(key, math.nan) for row in self.rows]
             for key in error_keys
         }
-        return pandas.DataFrame(columns)
+        return make_frame(columns, "to_pandas")
 
     @functools.cached_property
     def _rows_by_layer(self) -> dict[str | None, list[Row]]:
