@@ -20,7 +20,7 @@ from altgrad.measurement.histogram import Histogram
 from altgrad.measurement.intervals import find_interval
 from altgrad.quantization.formats import Scaling
 from altgrad.report.frames import make_frame
-from altgrad.report.records.schema import FormatInfo, LayerInfo, RecipeInfo
+from altgrad.report.records.schema import FormatInfo, LayerInfo, RecipeInfo, Unobserved
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -121,6 +121,7 @@ class Run:
         verdicts: The last verdicts that the run wrote on itself, by name of the recipe, ``now`` for
             what it lost itself. Each has the keys of docs/run-file.md, such as ``verdict``. Empty
             if the run wrote none.
+        unobserved: What the run wrote at its end if no step was observed; otherwise None.
     """
 
     path: Path
@@ -136,6 +137,7 @@ class Run:
     recipes: Mapping[str, RecipeInfo] = field(default_factory=dict)
     now: RecipeInfo | None = None
     verdicts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    unobserved: Unobserved | None = None
 
     @functools.cached_property
     def steps(self) -> tuple[int, ...]:
