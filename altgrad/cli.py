@@ -1,19 +1,24 @@
 """The command line: `altgrad formats`, `report` and `compare`, and commands that packages add.
 
-`main` builds the application. `altgrad formats` is in this file, `altgrad report` and `altgrad
-compare` are in `altgrad.report.commands`. A package adds a command by an entry point of the group
+`main` builds the application. `altgrad formats` is in this file, with its tables in
+`altgrad.report.format_tables`; `altgrad report` and `altgrad compare` are in
+`altgrad.report.commands`. A package adds a command by an entry point of the group
 `altgrad.commands`, as `altgrad_lightning.demo` adds `altgrad demo`.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from io import TextIOWrapper
 from typing import TYPE_CHECKING
+
+from altgrad._version import __version__
+from altgrad.report.names import replace_unprintable
 
 if TYPE_CHECKING:
     import typer
@@ -44,13 +49,13 @@ def main() -> None:
         pretty_exceptions_enable=False,
     )
     app.command()(formats)
-    for command in _list_commands():
+    commands = _list_commands()
+    _check_command(sys.argv[1:2], ["formats", *(each.name for each in commands)])
+    for command in commands:
         # Imports take seconds, so only the called command is imported; the help needs all.
         if sys.argv[1:2] in ([], ["--help"], [command.name]):
             _add(app, command)
-    # Without a callback, typer runs a single command without its name:
-    # https://typer.tiangolo.com/tutorial/commands/one-or-multiple/
-    app.callback()(lambda: None)
+    app.callback()(_make_callback())
     with _survive_output():
         app()
 
@@ -87,6 +92,37 @@ def _survive_output() -> Iterator[None]:
         sys.exit(2)
 
 
+def _check_command(arguments: Sequence[str], known: Sequence[str]) -> None:
+    """Exit with the nearest command if the first argument is neither an option nor a command."""
+    for name in arguments:
+        if name.startswith("-") or name in known:
+            continue
+        near = difflib.get_close_matches(name, known, n=1)
+        remedy = f"did you mean {near[0]}?" if near else "run altgrad --help"
+        expected = f"expected one of the commands {', '.join(known)}"
+        sys.stderr.write(f"altgrad {replace_unprintable(name)}: {expected}; {remedy}\n")
+        sys.exit(2)
+
+
+def _make_callback() -> Callable[[bool], None]:
+    """Return the function of the options before a command, which are ``--version`` alone."""
+    import typer
+
+    def print_version(is_wanted: bool) -> None:
+        if is_wanted:
+            typer.echo(f"altgrad {__version__}")
+            raise typer.Exit
+
+    option = typer.Option(
+        False, "--version", callback=print_version, is_eager=True, help="Print the version."
+    )
+
+    def accept(version: bool = option) -> None:
+        """Accept the options before a command."""
+
+    return accept
+
+
 def _list_commands() -> list[EntryPoint]:
     """Return the entry points of all commands: those of AltGrad first, then other packages'."""
     added = {each.name: each for each in entry_points(group=COMMANDS) if each.name not in _OWN}
@@ -111,38 +147,9 @@ def _add(app: typer.Typer, command: EntryPoint) -> None:
 
 
 def formats() -> None:
-    """Print a table of the named number formats, with their range and precision."""
-    from rich import box
+    """List the formats, block formats and recipes by name, with their range and bytes."""
     from rich.console import Console
-    from rich.table import Table
 
-    from altgrad.quantization import FORMATS
+    from altgrad.report.format_tables import print_formats
 
-    table = Table(
-        title="Formats",
-        caption="E, M: exponent and mantissa bits; eps: spacing above 1; 2^n: powers of two",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    headings = ["bits", "E", "M", "bias", "max", "smallest\nnormal", "smallest", "eps"]
-    table.add_column("name", style="bold", no_wrap=True, vertical="bottom")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
-    table.add_column("has", no_wrap=True, vertical="bottom")
-    for format in FORMATS.values():
-        specials = {"inf": format.has_inf, "nan": format.has_nan}
-        table.add_row(
-            format.name,
-            str(format.bits),
-            str(format.exponent_bits),
-            str(format.mantissa_bits),
-            str(format.bias),
-            f"{format.max:.5g}",
-            # A format with E = 0 has subnormal numbers only.
-            f"2^{format.emin}" if format.exponent_bits else "none",
-            f"2^{format.emin - format.mantissa_bits}",
-            f"2^{-format.mantissa_bits}",
-            " ".join(name for name, has in specials.items() if has),
-        )
-    Console().print(table)
+    print_formats(Console())

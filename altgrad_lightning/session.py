@@ -155,6 +155,9 @@ class Session:
             return
         unseen = monitor.describe_unseen()
         if self._trainer.global_step and self._result.latest_step is None:
+            if self._output is not None:
+                steps, skipped = self._trainer.global_step, self._result.skipped
+                self._output.write_unobserved(steps, skipped, self._due.every)
             self.warn(f"observed no step: {self._explain_no_step(have_moved=bool(unseen))}")
             if not self._result.skipped:
                 return  # the next notice would name all layers

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from altgrad import __version__
 from altgrad.quantization import FORMATS
 from tests.command_line import altgrad
 from tests.report.runs import write_run
@@ -34,6 +35,34 @@ def test_formats_prints_every_format_in_80_columns() -> None:
     assert rows["e0m7"] == "e0m7 8 0 7 1 0.99219 none 2^-7 2^-7"
     assert "…" not in result.stdout
     assert max(map(len, lines)) <= 80
+
+
+def test_the_version_is_printed() -> None:
+    assert (run("--version").returncode, run("--version").stdout) == (0, f"altgrad {__version__}\n")
+    assert "--version" in run("--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("reprot", "did you mean report?"),
+        ("fromats", "did you mean formats?"),
+        ("Compare", "did you mean compare?"),
+        ("xyz\n", "run altgrad --help"),
+    ],
+)
+def test_a_misspelt_command_is_answered_with_the_nearest(name: str, remedy: str) -> None:
+    failed = run(name, "folder")
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert "expected one of the commands formats, report, compare" in failed.stderr
+    assert failed.stderr.endswith(f"; {remedy}\n")
+    assert failed.stderr[:-1].isprintable()
+
+
+def test_a_misspelt_option_is_answered_with_the_nearest() -> None:
+    failed = run("report", "folder", "--jsn")
+    assert failed.returncode == 2
+    assert "--json" in failed.stderr
 
 
 def test_python_m_altgrad_runs_the_altgrad_command() -> None:

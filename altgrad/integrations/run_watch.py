@@ -379,6 +379,9 @@ class RunWatch:
                     ending.callback(self._output.finish)
                 ending.callback(self.flush)
                 ending.callback(self._detach)
+                if self._output is not None and not self._has_record:
+                    steps, every = self._numbers.last + 1, self._policy.every_n_steps
+                    self._output.write_unobserved(steps, self.monitor.skipped, every)
                 for notice in self._describe_unseen():
                     self._notices.give_once(notice)
         return self.summarize()

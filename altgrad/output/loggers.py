@@ -18,26 +18,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from altgrad._messages import format_count
 from altgrad.measurement.catalogue import FORMAT_METRICS
 from altgrad.measurement.histogram import Histogram
 from altgrad.output.summary_writer import WriterLogger
-from altgrad.report import (
-    INTERVAL,
-    KEPT_MEANING,
-    STEP_BY_STEP,
-    cell_text,
-    has_intervals,
-    list_actions,
-    list_legend,
-    list_lost,
-    list_rows,
-    png,
-    rank_layers,
-    write_answer,
-    write_nonfinite,
-    write_sentence,
-)
+from altgrad.report import png, rank_layers, write_sentence, write_verdicts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,12 +42,6 @@ _TWIN_METRICS = (
 _LAYER_TWIN_METRICS = ("progress_kept", "frozen_frac")
 _COLUMNS = ("layer", "recipe", "verdict", "kept", "frozen_frac", "reason")
 _WHOLE_RUN = "(whole run)"  # in the column of layers
-_RUN_HEADINGS = (
-    *("recipe", "verdict", "progress kept (80 % of real runs)", "weights that never move"),
-    *("layers that freeze", "such runs that lost over 10 %"),
-)
-# As many as one reads; the run file has all layers.
-_MAX_VERDICT_ROWS = 100
 # Of a name: some put all hyperparameters into it. The header of a run file takes 10,000.
 _MOST_CHARACTERS = 1000
 
@@ -199,7 +177,7 @@ def log_verdict(loggers: Iterable[Any], step: int, assessment: Assessment) -> No
     """
     for logger in loggers:
         if _is_tensorboard(logger):
-            logger.experiment.add_text("altgrad/verdict", format_verdict(assessment), step)
+            logger.experiment.add_text("altgrad/verdict", write_verdicts(assessment), step)
         elif _is_wandb(logger):
             from wandb import Table
 
@@ -207,56 +185,6 @@ def log_verdict(loggers: Iterable[Any], step: int, assessment: Assessment) -> No
             rows += [_make_row(a) for own in rank_layers(assessment).values() for a in own.values()]
             table = Table(columns=[*_COLUMNS], data=rows)
             logger.log_metrics({"altgrad/verdict": table}, step)
-
-
-def format_verdict(assessment: Assessment) -> str:
-    """Return the verdicts on a run, what to do, and a table of layers by recipes, as Markdown.
-
-    The first column is ``now``, what the run itself loses, if its weights are stored low. The worst
-    layers come first, and at most 100 layers are shown.
-    """
-    legend = list_legend(assessment)
-    meanings = [f"- {_escape(each.word)}: {_escape(each.text)}" for each in legend]
-    parts = [*_format_runs(assessment), "", *_format_layers(assessment), "", *meanings]
-    return "\n".join(parts)
-
-
-def _format_runs(assessment: Assessment) -> list[str]:
-    """Return lines of Markdown on the run: the answer, a table of recipes, and what to do."""
-    rows = list_rows(assessment.runs)
-    lines = [f"**{_escape(write_answer(assessment.runs))}**", ""]
-    if broken := write_nonfinite(assessment.nonfinite, assessment.advice):
-        lines += [_escape(broken), ""]
-    if rows:
-        lines += [_join_cells(_RUN_HEADINGS), _join_cells(["---"] * len(_RUN_HEADINGS))]
-    for row in rows:
-        texts = (row.recipe, row.word, row.kept, row.never, row.frozen, row.evidence)
-        lines += [_join_cells(map(_escape, texts))]
-    if has_intervals(rows):
-        lines += ["", _escape(INTERVAL)]
-    if any(row.is_step_by_step for row in rows):
-        lines += ["", _escape(STEP_BY_STEP)]
-    actions = [f"- {_escape(action)}" for action in list_actions(assessment.runs)]
-    return [*lines, "", *actions]
-
-
-def _format_layers(assessment: Assessment) -> list[str]:
-    """Return lines of Markdown with a table of layers by recipes."""
-    by_layer = rank_layers(assessment)
-    recipes = [*assessment.runs]
-    lines = []
-    if len(by_layer) > _MAX_VERDICT_ROWS:
-        lost = len(list_lost(assessment))
-        first = f", first those frozen, stuck or NaN ({lost:,} in all)" if lost else ""
-        layers = format_count(len(by_layer), "layer")
-        lines += [f"The worst {_MAX_VERDICT_ROWS} of {layers}{first}:", ""]
-    lines += [_join_cells(["layer", *map(_escape, recipes), "smallest that stores it"])]
-    lines += [_join_cells(["---"] * (len(recipes) + 2))]
-    for layer in [*by_layer][:_MAX_VERDICT_ROWS]:
-        cells = [_escape(cell_text(by_layer[layer].get(recipe)) or "–") for recipe in recipes]
-        suggestion = assessment.suggestions.get(layer)
-        lines += [_join_cells([_escape(layer), *cells, _escape(suggestion or "none: fp32")])]
-    return [*lines, "", _escape(KEPT_MEANING)]
 
 
 # --- the kinds of loggers
@@ -428,12 +356,3 @@ def _make_run_row(advice: RunAdvice) -> list[Any]:
 def _make_row(advice: Advice) -> list[Any]:
     figures = [advice.kept, advice.figures.get("frozen_frac", math.nan)]
     return [advice.layer, advice.recipe, str(advice.verdict), *figures, advice.reason]
-
-
-def _join_cells(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _escape(text: str) -> str:
-    """Replace each character that Markdown might read as markup by its HTML reference."""
-    return "".join(c if c.isalnum() or c in " .,:;%" else f"&#{ord(c)};" for c in text)

@@ -139,6 +139,21 @@ class Output:
             self._show(step, weights)
         self._write_seconds = time.perf_counter() - began
 
+    def write_unobserved(
+        self, steps: int, skipped: Mapping[SkipReason, int], every_n_steps: int | None = None
+    ) -> None:
+        """Write to the run file that no step was observed, so that its report can say why.
+
+        Args:
+            steps: Number of steps of the run.
+            skipped: Number of steps that were looked at and moved no weight, by reason.
+            every_n_steps: Number of steps from one observed step to the next, 0 for no step; None
+                if unknown.
+        """
+        if self._file is not None:
+            counts = {str(reason): count for reason, count in skipped.items()}
+            self._write(partial(self._file.add_unobserved, steps, counts, every_n_steps))
+
     def finish(self) -> None:
         """Log the numbers that were kept back, draw the last step, and close the run file.
 

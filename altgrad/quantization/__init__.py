@@ -4,6 +4,7 @@ Read the files in this order:
 
 - `float_format`: `FloatFormat`, the fields, limits and values of one floating-point format.
 - `formats`: the named formats (``e4m3fn``, ``bf16``, …), `get_format`, and the type `Scaling`.
+  `spellings` has the error for an unknown name, such as ``fp8``.
 - `number_format`, `block_formats`: the interface of all formats, and the formats whose blocks
   share a scale (``mxfp4``, ``nvfp4``).
 - `kernel`: rounding of one tensor to a grid (the numbers of a format), and the spacing of the
@@ -133,6 +134,6 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
         },
         submodules=(
             "advanced_diagnostics arguments block_formats diagnostics float_format format_set "
-            "formats grids kernel number_format ops scale_groups scaling"
+            "formats grids kernel number_format ops scale_groups scaling spellings"
         ),
     )

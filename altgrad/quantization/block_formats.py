@@ -7,7 +7,6 @@ whereas `quantize` takes an element format and a scale. Read `float_format`, `fo
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -15,8 +14,18 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from altgrad._messages import check_int, check_type
 from altgrad.quantization.float_format import FloatFormat, check_format_name, is_torch_dtype
-from altgrad.quantization.formats import E2M1, E2M3, E3M2, E4M3, E5M2, get_format
+from altgrad.quantization.formats import (
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E5M2,
+    FORMATS,
+    find_format,
+    get_format,
+)
 from altgrad.quantization.number_format import NumberFormat
+from altgrad.quantization.spellings import describe_unknown
 
 if TYPE_CHECKING:
     import torch
@@ -210,15 +219,17 @@ def get_formats(formats: Formats) -> tuple[NumberFormat, ...]:
 
 
 def _get(format: str | torch.dtype | NumberFormat) -> NumberFormat:
-    """Return the format with a given name or dtype; return a `NumberFormat` unchanged."""
+    """Return the format with a given name or dtype; return a `NumberFormat` unchanged.
+
+    Raises:
+        ValueError: No format has this name. The message lists the nearest names.
+    """
     if isinstance(format, NumberFormat):
         return format
-    if isinstance(format, str):
-        name = format.lower()
-        if name in _BY_SPELLING:
-            return _BY_SPELLING[name]
-        # A misspelt block format would otherwise be compared with names of other formats only.
-        if name.startswith(("mx", "nv")):
-            near = difflib.get_close_matches(name, _BY_SPELLING, n=3) or list(BLOCK_FORMATS)
-            raise ValueError(f"unknown format {format!r}; nearest: {', '.join(near)}")
-    return get_format(format)
+    if not isinstance(format, str):
+        return get_format(format)
+    found = _BY_SPELLING.get(format.lower()) or find_format(format)
+    if found is None:
+        known = (*_BY_SPELLING, *FORMATS)
+        raise ValueError(describe_unknown(format, known, [*FORMATS, *BLOCK_FORMATS]))
+    return found

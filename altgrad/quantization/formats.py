@@ -1,17 +1,18 @@
 """The named floating-point formats, `get_format`, and the type `Scaling`.
 
-Read `float_format` first, which explains the arguments that define each format. Formats with a
+Read `float_format` first, which explains the arguments that define each format, then `spellings`,
+which has the error for an unknown name. Formats with a
 scale per block, such as ``mxfp4``, follow in `block_formats`.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from altgrad.quantization.float_format import FloatFormat, is_torch_dtype
+from altgrad.quantization.spellings import describe_unknown
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +71,7 @@ FORMATS: Mapping[str, FloatFormat] = MappingProxyType({
 
 # Spellings of ml_dtypes, torch and papers. In ml_dtypes float8_e4m3 is the IEEE-like format with
 # inf and max 240, not OCP's E4M3 (float8_e4m3fn), which papers call e4m3.
-_BY_SPELLING: dict[str, FloatFormat] = {
+_BY_SPELLING: Mapping[str, FloatFormat] = {
     **FORMATS,
     "e4m3": E4M3,
     "float8_e4m3fn": E4M3,
@@ -139,13 +140,14 @@ def get_format(name_or_format: str | torch.dtype | FloatFormat) -> FloatFormat:
             f"format={name_or_format!r}: expected a format's name, a torch dtype or a FloatFormat, "
             f"got {type(name_or_format).__name__}"
         )
+    found = find_format(name_or_format)
+    if found is None:
+        raise ValueError(describe_unknown(str(name_or_format), _BY_SPELLING, [*FORMATS]))
+    return found
+
+
+def find_format(name: str | torch.dtype) -> FloatFormat | None:
+    """Return the floating-point format with a name or dtype; None if there is none."""
     # str() of a member of a string enum is the name of the member; the member itself is its value.
-    name = name_or_format if isinstance(name_or_format, str) else str(name_or_format)
-    name = name.lower().removeprefix("torch.")
-    if name in _BY_SPELLING:
-        return _BY_SPELLING[name]
-    near = difflib.get_close_matches(name, _BY_SPELLING, n=3) or list(FORMATS)
-    raise ValueError(
-        f"unknown format {str(name_or_format)!r}; nearest: {', '.join(near)}. "
-        "For a custom format, pass a FloatFormat"
-    )
+    spelling = name if isinstance(name, str) else str(name)
+    return _BY_SPELLING.get(spelling.lower().removeprefix("torch."))

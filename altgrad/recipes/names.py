@@ -9,7 +9,6 @@ Read `libraries` first; `altgrad.twins.layout` comes next, the first file about 
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ import torch
 from altgrad.quantization.block_formats import BLOCK_FORMATS, Formats, get_formats
 from altgrad.quantization.formats import FORMATS
 from altgrad.quantization.number_format import NumberFormat
+from altgrad.quantization.spellings import find_near
 from altgrad.recipes.libraries import LIBRARY_RECIPES, import_library
 from altgrad.recipes.recipe import Recipe
 
@@ -158,10 +158,11 @@ def _get_short(name: str) -> Recipe:
     for spelling, suffix in ((lower, ""), (format, dash + way)):
         if suffix in _WAYS and (canonical := _find_format(spelling)) is not None:
             return _make_recipe(canonical, suffix, _WAYS[suffix])
-    near = difflib.get_close_matches(lower, short, n=3) or ["fp32", "bf16", "bf16-sr", "bf16-true"]
+    known = {*short, *(f"mxfp8{way}" for way in _WAYS)}  # a spelling that is better known
+    near = find_near(lower, known) or ["fp32", "bf16", "bf16-sr", "bf16-true"]
     raise ValueError(
         f"recipes={name!r}: expected a short name; nearest: {', '.join(near)}. For another recipe, "
-        "pass a Recipe"
+        "pass a Recipe; 'altgrad formats' lists all"
     )
 
 

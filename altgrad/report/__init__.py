@@ -11,8 +11,9 @@ Read it in this order:
    figures of `canvas`, draws its pictures, and `applying` writes Python code that applies its
    suggestions. `next_lines` proposes the lines to train with next: those of `library_lines`, with
    the optimizers of `optimizer_lines`, and those of `simulation_lines`.
-4. `terminal`, which prints `terminal_runs`, `layer_table` and `terminal_next`, `web_page` and
-   `exports` show the report; `answers`, `cells`, `names` and `printing` hold what they share.
+4. `terminal`, which prints `terminal_runs`, `layer_table` and `terminal_next`, `web_page`,
+   `markdown` and `exports` show the report; `answers`, `cells`, `names` and `printing` hold what
+   they share.
 5. `comparison` compares two runs, and `comparison_table` shows it. If one of them predicted how the
    other is stored, which `matching` finds out, `confirmation` sets the prediction beside what
    happened; `confirmation_table` and `confirmation_drawing` show it.
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from altgrad.report.judging.judge import Judge, StandardErrors, judge_run
     from altgrad.report.judging.summaries import write_nonfinite, write_sentence
     from altgrad.report.judging.verdicts import Advice, Assessment, RunAdvice, Verdict
+    from altgrad.report.markdown import write_comment, write_verdicts
     from altgrad.report.next_lines import NextLine, list_next_lines
     from altgrad.report.ranking import list_lost, rank_layers
     from altgrad.report.records.fields import SCHEMA
@@ -124,8 +126,10 @@ __all__ = [
     "steps_histogram",
     "svg",
     "write_answer",
+    "write_comment",
     "write_nonfinite",
     "write_sentence",
+    "write_verdicts",
 ]
 
 if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
@@ -144,6 +148,7 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
             "drawings": "heat_map kept_map ranges steps_histogram",
             "judging.decimals": "format_kept",
             "judging.judge": "Judge StandardErrors judge_run",
+            "markdown": "write_comment write_verdicts",
             "next_lines": "NextLine list_next_lines",
             "ranking": "list_lost rank_layers",
             "records.fields": "SCHEMA",

@@ -42,11 +42,6 @@ INTERVAL = (
     "this run, and a real run its own."
 )
 """Meaning of the interval behind a share that is kept, for a legend."""
-NO_STEP = (
-    "No step was observed: there are no verdicts. Train for longer, or observe more often "
-    "(every_n_steps); a step that moves no weight does not count."
-)
-"""Heading of a report without an observed step."""
 NOTHING_TO_JUDGE = (
     "The monitor has neither formats nor recipes: there are no verdicts. Pass "
     "recipes=['bf16', 'bf16-sr'], for example, or leave both arguments out."

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeAlias
 
@@ -16,13 +17,22 @@ import typer
 from rich.console import Console
 
 from altgrad.report.comparison import Comparison
+from altgrad.report.comparison_page import comparison_page
 from altgrad.report.comparison_table import print_comparison
+from altgrad.report.conditions import Condition, parse_condition
 from altgrad.report.confirmation import find_confirmation
 from altgrad.report.confirmation_table import print_confirmation
-from altgrad.report.exports import as_csv, as_json, confirmation_as_csv, confirmation_as_json
-from altgrad.report.matching import describe_no_match
+from altgrad.report.exports import (
+    as_csv,
+    as_json,
+    comparison_as_csv,
+    comparison_as_json,
+    confirmation_as_csv,
+    confirmation_as_json,
+)
+from altgrad.report.markdown import write_comment
 from altgrad.report.names import replace_unprintable
-from altgrad.report.outputs import find_refusal
+from altgrad.report.outputs import find_obstacle, find_refusal
 from altgrad.report.printing import print_line
 from altgrad.report.records.reading import read
 from altgrad.report.records.run import Run
@@ -41,6 +51,8 @@ _Html = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Writ
 _Force = Annotated[bool, typer.Option("--force", help="Replace files that are no reports, too.")]
 _Output: TypeAlias = tuple[Path | None, Callable[[], str]]
 """A file that the user wants, ``-`` for standard output or None, and a function for its text."""
+_Print: TypeAlias = Callable[[Console], object]
+"""A function that prints in the terminal what a command found."""
 
 
 def report(
@@ -51,6 +63,14 @@ def report(
     ] = None,
     as_csv_: Annotated[
         Path | None, typer.Option("--csv", metavar="[FILE]", help="Write the verdicts as CSV.")
+    ] = None,
+    markdown: Annotated[
+        Path | None,
+        typer.Option("--markdown", metavar="[FILE]", help="Write a comment for GitHub."),
+    ] = None,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CONDITION", help="Exit with 1 if it holds; may be repeated."),
     ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Show all layers, and code that applies the advice.")
@@ -64,7 +84,11 @@ def report(
     """Report whether a run, and each of its layers, would train if stored otherwise.
 
     The page works without a network. With - as FILE, only that output is shown;
-    --json and --csv behind RUN need no FILE for this.
+    --json, --csv and --markdown behind RUN need no FILE for this.
+
+    A CONDITION is 'frozen:RECIPE', 'frozen:RECIPE>SHARE', 'lost:RECIPE>SHARE',
+    'not-fine:RECIPE' or 'nan'; a RECIPE may be now, or a pattern with *. Without
+    an observed step the exit code is 1, too.
 
     \f
     Args:
@@ -72,16 +96,21 @@ def report(
         html: File for the HTML page.
         as_json_: File for the verdicts as JSON.
         as_csv_: File for the verdicts as CSV.
+        markdown: File for the first screen as Markdown.
+        fail_on: Conditions on which the exit code is 1, as `parse_condition` reads them.
         everything: If True, print all layers, what the words mean, and code.
         layers: Maximum number of layers in the table; 0 shows all. None shows as many as fit into
             24 lines, or all with ``--all``.
         force: If True, replace files of any kind.
     """  # noqa: D301 - typer's help ends at the form feed; the options have their own help
+    conditions = _parse(fail_on or ())
     found = RunReport.from_run(_read(run))
+    problems = _test(conditions, found)
     outputs: list[_Output] = [
         (html, lambda: page(found)),
         (as_json_, lambda: _format_json(as_json(found))),
         (as_csv_, lambda: as_csv(found)),
+        (markdown, lambda: write_comment(found)),
     ]
     _show(
         lambda console: _print(found, console, layers, everything=everything),
@@ -89,6 +118,7 @@ def report(
         (found.run,),
         force=force,
     )
+    _exit_if_any(problems)
 
 
 def _print(found: RunReport, console: Console, layers: int | None, *, everything: bool) -> None:
@@ -117,10 +147,9 @@ def compare(
     """Compare two runs: what one predicted and what happened, or their verdicts.
 
     A run predicts the other if it tried the recipe by which that one is stored,
-    such as bf16-true. Then the layers that differ most from it come first, and
-    --html, --json and --csv write the figures. Otherwise the layers whose
-    verdicts differ come first. A verdict says whether a layer would still train
-    if its weights were stored in a number format.
+    such as bf16-true. Then the layers that differ most from it come first.
+    Otherwise the layers whose verdicts differ come first. A verdict says whether
+    a layer would still train if its weights were stored in a number format.
 
     \f
     Args:
@@ -139,32 +168,25 @@ def compare(
     except ValueError as error:
         _fail(str(error))
     if found is None:
-        if any(path is not None for path in (html, as_json_, as_csv_)):
-            _fail("--html, --json and --csv: " + _explain_no_confirmation(runs))
-        reports = RunReport.from_run(runs[0]), RunReport.from_run(runs[1])
-        print_comparison(Comparison(reports), Console(), layers or None)
-        return
-    outputs: list[_Output] = [
-        (html, lambda: confirmation_page(found)),
-        (as_json_, lambda: _format_json(confirmation_as_json(found))),
-        (as_csv_, lambda: confirmation_as_csv(found)),
-    ]
-    _show(
-        lambda console: print_confirmation(found, console, layers or None),
-        outputs,
-        runs,
-        force=force,
-    )
-
-
-def _explain_no_confirmation(runs: tuple[Run, Run]) -> str:
-    """Return what two runs must be for an output of `compare`, and what is missing."""
-    expected = "expected a run that tried the recipe by which the other one is stored"
-    return "; ".join((expected, *describe_no_match(*runs), "leave them out to compare verdicts"))
+        comparison = Comparison((RunReport.from_run(runs[0]), RunReport.from_run(runs[1])))
+        outputs: list[_Output] = [
+            (html, lambda: comparison_page(comparison)),
+            (as_json_, lambda: _format_json(comparison_as_json(comparison))),
+            (as_csv_, lambda: comparison_as_csv(comparison)),
+        ]
+        print_all: _Print = partial(print_comparison, comparison, most=layers or None)
+    else:
+        outputs = [
+            (html, lambda: confirmation_page(found)),
+            (as_json_, lambda: _format_json(confirmation_as_json(found))),
+            (as_csv_, lambda: confirmation_as_csv(found)),
+        ]
+        print_all = partial(print_confirmation, found, most=layers or None)
+    _show(print_all, outputs, runs, force=force)
 
 
 def _show(
-    print_all: Callable[[Console], object],
+    print_all: _Print,
     outputs: Sequence[_Output],
     runs: Sequence[Run],
     *,
@@ -181,6 +203,8 @@ def _show(
     chosen = [(path, make_text) for path, make_text in outputs if path is not None]
     files = [path for path, _ in chosen if path != _TERMINAL]
     inputs = [path for run in runs for path in (run.path, *run.predecessors)]
+    if obstacle := find_obstacle(files):
+        _fail(obstacle)
     if not force and (refusal := find_refusal(files, inputs)):
         _fail(f"{refusal}; choose another file, or pass --force")
     shows_all = len(files) == len(chosen)  # or the terminal shows another output alone
@@ -190,6 +214,31 @@ def _show(
         _write(path, make_text())
         if shows_all:
             print_line(f"Written: {path}", Console())
+
+
+def _parse(conditions: Iterable[str]) -> list[Condition]:
+    try:
+        return [parse_condition(each) for each in conditions]
+    except ValueError as error:
+        _fail(str(error))
+
+
+def _test(conditions: Sequence[Condition], report: RunReport) -> list[str]:
+    """Return a sentence for each condition that holds, or one if no step was observed."""
+    try:
+        problems = [problem for each in conditions if (problem := each.test(report))]
+    except ValueError as error:
+        _fail(str(error))
+    nothing = f"{report.run.path}: no step was observed, so that nothing could be judged"
+    return problems if report.run.steps else [nothing]
+
+
+def _exit_if_any(problems: Sequence[str]) -> None:
+    """Print problems to stderr, a line for each, and exit with 1; return without any."""
+    for problem in problems:
+        sys.stderr.write(replace_unprintable(problem) + "\n")
+    if problems:
+        raise typer.Exit(1)
 
 
 def _format_json(value: Mapping[str, Any]) -> str:

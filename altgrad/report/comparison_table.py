@@ -56,12 +56,21 @@ def print_comparison(comparison: Comparison, console: Console, most: int | None 
 def _make_figure_table(rows: Sequence[tuple[str, float, float]]) -> Table:
     table = make_table(["figure", "A", "B", "B − A"])
     for key, in_a, in_b in rows:
-        table.add_row(style_text(key), *_write_figures(key, in_a, in_b))
+        table.add_row(style_text(key), *write_figures(key, in_a, in_b))
     return table
 
 
-def _write_figures(key: str, in_a: float, in_b: float) -> tuple[str, str, str]:
-    """Return two figures and their difference: shares with four decimals, others in four digits."""
+def write_figures(key: str, in_a: float, in_b: float) -> tuple[str, str, str]:
+    """Return two figures and their difference: shares with four decimals, others in four digits.
+
+    Args:
+        key: Key of the figure, such as ``stall_frac/bf16``.
+        in_a: The figure of run A.
+        in_b: The figure of run B.
+
+    Returns:
+        The texts of both figures, and of their difference with its sign.
+    """
     metric = key.partition("/")[0]
     is_share = get_metric(metric).unit == "share" or "kept" in metric
     digits, change = (".4f", "+.4f") if is_share else (".4g", "+.3g")

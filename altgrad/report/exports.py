@@ -1,6 +1,8 @@
 """The verdicts on a run and its layers as JSON (`as_json`) and as CSV (`as_csv`).
 
-`confirmation_as_json` and `confirmation_as_csv` convert what one run predicted, and what happened.
+`confirmation_as_json` and `confirmation_as_csv` convert what one run predicted, and what happened;
+`comparison_as_json` and `comparison_as_csv` the verdicts of two runs. docs/json.md lists the keys:
+whoever renames or removes one, or changes what it means, raises `JSON_SCHEMA`.
 """
 
 from __future__ import annotations
@@ -12,15 +14,19 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from altgrad.report.answers import write_storage
+from altgrad.report.comparison import Comparison
 from altgrad.report.confirmation import MEANING, Confirmation, ConfirmedLayer
 from altgrad.report.judging.tallies import STEP_METRICS, TWIN_METRICS
-from altgrad.report.judging.verdicts import Advice
+from altgrad.report.judging.verdicts import Advice, Assessment, Verdict
 from altgrad.report.next_lines import list_next_lines
 from altgrad.report.records.kinds import number_as_json
 from altgrad.report.records.run import Row, Run
 from altgrad.report.records.schema import info_as_json
 from altgrad.report.records.verdict_lines import runs_as_json
 from altgrad.report.run_report import RunReport
+
+JSON_SCHEMA = 1
+"""Version of the keys of the JSON: the value of ``"schema"``. New keys do not change it."""
 
 _METRICS = (*TWIN_METRICS, *STEP_METRICS)
 """Metrics on which verdicts rest: those of twins, then those of single steps."""
@@ -39,12 +45,14 @@ def as_json(report: RunReport) -> dict[str, Any]:
 
     Returns:
         The run, its summary and notes. Under ``runs`` the verdict on the run by recipe, ``now``
-        for what the run itself loses; by layer and recipe the verdict with its figures. Under
-        ``next_lines`` the lines of Python to train with, and why. If the run
-        tried recipes on samples (twins), also the recipes and their last figures.
+        for what the run itself loses. By recipe the number of layers with each verdict, and by
+        layer and recipe the verdict with its figures. Under ``next_lines`` the lines of Python to
+        train with, and why. The recipes that the run tried on samples (twins), and their last
+        figures.
     """
     by_layer, suggestions = report.by_layer, report.assessment.suggestions
-    value = {
+    return {
+        **_begin("report"),
         "path": str(report.run.path),
         "created": report.run.created,
         "versions": dict(report.run.versions),
@@ -57,6 +65,7 @@ def as_json(report: RunReport) -> dict[str, Any]:
         "stored": write_storage(report.run, report.assessment.runs, report.visible),
         "runs": runs_as_json(report.assessment.runs),
         "summary": report.assessment.summary,
+        "counts": count_verdicts(report.assessment),
         "layers": {
             layer: {
                 "smallest_that_stores_fine": suggestions.get(layer),
@@ -69,8 +78,23 @@ def as_json(report: RunReport) -> dict[str, Any]:
         "to_apply": report.to_apply,
         "next_lines": [line._asdict() for line in list_next_lines(report)],
         "notes": report.notes,
+        **_convert_twins(report.run),
     }
-    return value | (_convert_twins(report.run) if report.run.recipes else {})
+
+
+def count_verdicts(assessment: Assessment) -> dict[str, dict[str, int]]:
+    """Count the layers with each verdict.
+
+    Args:
+        assessment: Verdicts on a run and its layers.
+
+    Returns:
+        By name of the recipe, and then of each `Verdict`, the number of layers, which may be 0.
+    """
+    counts = {recipe: dict.fromkeys(Verdict.__members__, 0) for recipe in assessment.runs}
+    for advice in assessment.advice:
+        counts[advice.recipe][advice.verdict.name] += 1
+    return counts
 
 
 def as_csv(report: RunReport) -> str:
@@ -117,6 +141,7 @@ def confirmation_as_json(confirmation: Confirmation) -> dict[str, Any]:
     """
     model = confirmation.model
     return {
+        **_begin("confirmation"),
         "predicting": str(confirmation.predicting.path),
         "real": str(confirmation.real.path),
         "recipe": confirmation.recipe,
@@ -145,6 +170,69 @@ def confirmation_as_csv(confirmation: Confirmation) -> str:
     return "".join(map(_format_line, rows))
 
 
+def comparison_as_json(comparison: Comparison) -> dict[str, Any]:
+    """Return the figures and the verdicts of two runs side by side, as JSON values: NaN as None.
+
+    Args:
+        comparison: The comparison of two runs, of which none predicted the other.
+
+    Returns:
+        The files of both runs, means of the model's figures, the last common figures of twins, and
+        by layer and recipe both verdicts, with True if they differ. The first layers differ most.
+    """
+    twins = comparison.twins
+    layers: dict[str, dict[str, Any]] = {}
+    for first, second in comparison.changes:
+        layers.setdefault(first.layer, {})[first.recipe] = {
+            "a": _convert_side(first),
+            "b": _convert_side(second),
+            "differs": first.verdict is not second.verdict,
+        }
+    return {
+        **_begin("comparison"),
+        "a": str(comparison.runs[0].run.path),
+        "b": str(comparison.runs[1].run.path),
+        "summary": comparison.summary,
+        "compared": len(comparison.changes),
+        "differing": sum(a.verdict is not b.verdict for a, b in comparison.changes),
+        "means": _convert_figures(comparison.model_means),
+        "twins": twins and {"step": twins.step, "figures": _convert_figures(twins.rows)},
+        "layers": layers,
+        "notes": comparison.notes,
+    }
+
+
+def comparison_as_csv(comparison: Comparison) -> str:
+    """Return the verdicts of two runs as CSV, one line for each layer and recipe in both.
+
+    Lines whose verdicts differ come first. A number without a value is an empty cell, and texts are
+    those of `as_csv`.
+    """
+    sides = [f"{what}_{side}" for side in "ab" for what in ("verdict", "kept")]
+    rows: list[list[Any]] = [["layer", "recipe", *sides, "differs"]]
+    for first, second in comparison.changes:
+        cells = [[str(each.verdict), number_as_json(each.kept)] for each in (first, second)]
+        differs = first.verdict is not second.verdict
+        rows.append([_disarm(first.layer), _disarm(first.recipe), *cells[0], *cells[1], differs])
+    return "".join(map(_format_line, rows))
+
+
+def _begin(kind: str) -> dict[str, Any]:
+    """Return the first keys of each JSON: the version of its keys, and what it is about."""
+    return {"schema": JSON_SCHEMA, "kind": kind}
+
+
+def _convert_side(advice: Advice) -> dict[str, Any]:
+    return {"verdict": advice.verdict.name, "kept": number_as_json(advice.kept)}
+
+
+def _convert_figures(rows: Iterable[tuple[str, float, float]]) -> dict[str, Any]:
+    return {
+        key: _convert_numbers({"a": in_a, "b": in_b, "difference": in_b - in_a})
+        for key, in_a, in_b in rows
+    }
+
+
 def _convert_confirmed(layer: ConfirmedLayer) -> dict[str, Any]:
     pairs = {metric: _convert_numbers(pair._asdict()) for metric, pair in layer.pairs.items()}
     return {"step": layer.step, "figures": pairs}
@@ -164,7 +252,8 @@ def _disarm(text: str) -> str:
 
 def _convert_advice(advice: Advice) -> dict[str, Any]:
     return {
-        "verdict": str(advice.verdict),
+        "verdict": advice.verdict.name,
+        "kept": number_as_json(advice.kept),
         "figures": _convert_numbers(advice.figures),
         "errors": _convert_numbers(advice.errors),
         "intervals": {

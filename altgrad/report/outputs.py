@@ -1,6 +1,6 @@
 """Decide which files a command may write: new files, and reports of AltGrad.
 
-`commands` calls `find_refusal` before a file is written.
+`commands` calls `find_obstacle` and `find_refusal` before a report is printed or a file written.
 """
 
 from __future__ import annotations
@@ -16,15 +16,47 @@ from altgrad.report.records.reading import is_run_file_name
 _TEXT = rb'"(?:[^"\\]|\\.)*"'  # a string of JSON
 _REPORT = re.compile(
     rb"<!DOCTYPE html>.{,500}<title>AltGrad: "
+    rb'|\{\s*"schema": \d+,\s*"kind": "(?:report|confirmation|comparison)",'
+    # JSON without a schema, of AltGrad 0.1.0
     rb'|\{\s*"path": ' + _TEXT + rb',\s*"created": ' + _TEXT + rb',\s*"versions": \{'
-    rb'|\{\s*"predicting": ' + _TEXT + rb',\s*"real": ' + _TEXT + rb',\s*"recipe": '
-    rb"|layer,(?:format|recipe),verdict,"
-    rb"|layer,step,frozen_frac_predicted,",
+    rb"|layer,(?:format|recipe),verdict(?:_a)?,"
+    rb"|layer,step,frozen_frac_predicted,"
+    rb"|<!-- altgrad report -->",
     re.DOTALL,
 )
-"""Pattern of how the pages of `web_page`, and the JSON and CSV of `exports`, begin."""
+"""Pattern of how pages, JSON, CSV and Markdown of AltGrad begin."""
 
 _HEAD = 2**16  # bytes; longer than any path in the beginning of JSON
+
+
+def find_obstacle(paths: Iterable[Path]) -> str | None:
+    """Return why a file cannot be written, with the remedy; None if all files can be written.
+
+    The folder of a new file must exist and be writable. An existing file must be writable, and no
+    folder.
+    """
+    for path in paths:
+        if found := _describe_obstacle(path):
+            return f"{path}: file cannot be written: {found}"
+    return None
+
+
+def _describe_obstacle(path: Path) -> str:
+    """Return in words what keeps a file from being written; empty without an obstacle."""
+    folder = path.parent
+    try:
+        if path.is_dir():
+            return "this is a folder; add a file's name"
+        if path.exists():
+            return "" if os.access(path, os.W_OK) else "no permission to write; choose another file"
+        if folder.is_dir():
+            may_add = os.access(folder, os.W_OK | os.X_OK)
+            return "" if may_add else f"no permission to write in {folder}; choose another folder"
+        if folder.exists():
+            return f"{folder} is a file and no folder; choose another folder"
+    except OSError as error:
+        return f"{error.strerror}; choose another file"
+    return f"the folder {folder} is missing; make it first"
 
 
 def find_refusal(paths: Sequence[Path], inputs: Iterable[Path]) -> str | None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from altgrad._messages import few, format_count
 from altgrad.measurement.catalogue import NOW
 from altgrad.measurement.histogram import Histogram
-from altgrad.report.answers import NO_STEP, is_low, write_answer
+from altgrad.report.answers import is_low, write_answer
 from altgrad.report.applying import write_code
 from altgrad.report.cells import UNMOVED, UNMOVED_MEANING, Meaning, list_legend
 from altgrad.report.drawings import heat_map, kept_map, ranges, steps_histogram
@@ -26,6 +26,7 @@ from altgrad.report.judging.calibration import calibration
 from altgrad.report.judging.judge import judge_run
 from altgrad.report.judging.verdicts import Advice, Assessment
 from altgrad.report.means import average_finite
+from altgrad.report.no_steps import explain_no_step
 from altgrad.report.ranking import LOST, rank_layers
 from altgrad.report.records.run import Row, Run
 
@@ -112,7 +113,7 @@ class RunReport:
     @property
     def answer(self) -> str:
         """The heading of the report: which recipes are fine, or why there is no verdict."""
-        return write_answer(self.assessment.runs) if self.run.steps else NO_STEP
+        return write_answer(self.assessment.runs) if self.run.steps else explain_no_step(self.run)
 
     @property
     def legend(self) -> list[Meaning]:

@@ -57,7 +57,7 @@ def page(report: RunReport) -> str:
     """
     pictures = {name: svg(figure, name) for name, figure in report.pictures().items()}
     return (
-        _make_environment()
+        make_environment()
         .get_template("page.html")
         .render(
             **_fill_first_screen(report.assessment, report),
@@ -92,7 +92,7 @@ def first_screen(assessment: Assessment, report: RunReport | None = None) -> str
         ImportError: jinja2 is missing.
     """
     filled = _fill_first_screen(assessment, report)
-    return _make_environment().get_template("notebook.html").render(**filled)
+    return make_environment().get_template("notebook.html").render(**filled)
 
 
 def _fill_first_screen(assessment: Assessment, report: RunReport | None) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def confirmation_page(confirmation: Confirmation) -> str:
     Raises:
         ImportError: jinja2 or matplotlib is missing.
     """
-    environment = _make_environment()
+    environment = make_environment()
     environment.filters |= {
         "figure": format_figure,
         "difference": format_difference,
@@ -146,7 +146,7 @@ def confirmation_page(confirmation: Confirmation) -> str:
     )
 
 
-def _make_environment() -> Environment:
+def make_environment() -> Environment:
     """Return an environment of jinja2 with the templates of this package, which escapes names."""
     from jinja2 import Environment, FunctionLoader
 

@@ -174,8 +174,8 @@ def test_the_verdict_is_a_table_in_which_names_are_escaped(events: EventAccumula
     assert cells(runs)[:3] == ["recipe", "verdict", "progress kept (80 % of real runs)"]
     assert "In brackets: what 80 % of those real runs kept" in as_text(html)
     assert f"frozen: {MEANINGS[Verdict.FROZEN]}" in as_text(html)
-    assert cells(runs)[6:9] == ["now", "loses 0.75 now", "0.25 &#40;0.00 to 0.50&#41;"]
-    assert cells(runs)[9:12] == ["75 %", "1 &#40;50 %&#41;", "1 of 2"]
+    assert cells(runs)[6:9] == ["now", "loses 0.75 now", "0.25 (0.00 to 0.50)"]
+    assert cells(runs)[9:12] == ["75 %", "1 (50 %)", "1 of 2"]
     assert f"now: {LAYERS[0]} stands still. Use *Kahan*." in as_text(html)
     assert cells(layers)[:5] == ["layer", *RECIPES, "smallest that stores it"]
     assert cells(layers)[5:10] == [LAYERS[0], *["frozen 0.00"] * 3, "bf16"]

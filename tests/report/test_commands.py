@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from altgrad.report import RunReport, confirmation_page, find_confirmation, page, read
+from altgrad.report import Comparison, RunReport, confirmation_page, find_confirmation, page, read
+from altgrad.report.comparison_page import comparison_page
+from altgrad.report.exports import comparison_as_csv, comparison_as_json
 from tests.command_line import altgrad
 from tests.report.confirming import write_trained
 from tests.report.runs import write_run
@@ -39,12 +41,19 @@ def test_an_unreadable_file_gives_one_line_on_stderr(
     assert failed.stderr.count("\n") == 1
 
 
-def test_an_unwritable_output_gives_one_line_on_stderr(run: Path, tmp_path: Path) -> None:
-    failed = altgrad("report", run, "--html", tmp_path / "missing" / "page.html")
-    assert failed.returncode == 2
-    assert failed.stderr.strip().endswith(
-        "page.html: file cannot be written (No such file or directory)"
-    )
+@pytest.mark.parametrize("option", ["--html", "--json", "--csv"])
+def test_a_file_that_cannot_be_written_is_said_before_the_report(
+    run: Path, tmp_path: Path, option: str
+) -> None:
+    for path, problem in (
+        (tmp_path / "missing" / "page", f"the folder {tmp_path / 'missing'} is missing"),
+        (tmp_path, "this is a folder"),
+    ):
+        for more in ((), ("--force",)):
+            failed = altgrad("report", run, option, path, *more)
+            assert (failed.returncode, failed.stdout) == (2, "")
+            assert failed.stderr.startswith(f"{path}: file cannot be written: {problem}; ")
+            assert failed.stderr.count("\n") == 1
 
 
 def test_files_are_written_in_addition_to_the_terminal_and_each_is_named(
@@ -155,7 +164,8 @@ def test_a_prediction_is_written_to_files_as_a_report_is(
     assert [value["predicting"], value["real"]] == [*map(str, runs)]
     assert value["frozen"]["both"] >= 1
     failed = altgrad("compare", *runs, "--json", tmp_path / "missing" / "x")
-    assert (failed.returncode, "file cannot be written" in failed.stderr) == (2, True)
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert "file cannot be written" in failed.stderr
     table.write_text("mine")
     refused = altgrad("compare", *runs, "--csv", table)
     assert (refused.returncode, table.read_text()) == (2, "mine")
@@ -183,9 +193,14 @@ def test_runs_of_which_none_predicts_the_other_are_compared_by_verdicts(
     assert "Differing verdicts: 0 of" in shown
     assert "The model: samples stored by recipes, at step 19" in shown
     assert "frozen_frac/bf16-true" in shown
-    for option in ("--html", "--json", "--csv"):
-        failed = altgrad("compare", runs[0], runs[0], option, tmp_path / "out")
-        assert (failed.returncode, failed.stdout) == (2, "")
-        assert "expected a run that tried the recipe by which the other one is" in failed.stderr
-        assert "leave them out to compare verdicts" in failed.stderr
-    assert not [*tmp_path.iterdir()]
+    files = [tmp_path / f"out.{kind}" for kind in ("html", "json", "csv")]
+    options = [f"--{file.suffix[1:]}={file}" for file in files]
+    for _ in range(2):  # they are reports, and are replaced
+        written = altgrad("compare", runs[0], runs[0], *options)
+        assert (written.returncode, written.stderr) == (0, "")
+    comparison = Comparison((RunReport.from_run(read(runs[0])),) * 2)
+    assert files[0].read_text() == comparison_page(comparison)
+    assert json.loads(files[1].read_text()) == comparison_as_json(comparison)
+    assert files[2].read_text() == comparison_as_csv(comparison)
+    only = altgrad("compare", runs[0], runs[0], "--json")
+    assert (only.returncode, only.stdout) == (0, files[1].read_text())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from altgrad.report import RunFile
-from altgrad.report.outputs import find_refusal
+from altgrad.report.outputs import find_obstacle, find_refusal
 from altgrad.report.records.reading import read_header
 from tests.command_line import altgrad
 from tests.report.confirming import write_trained
@@ -149,7 +149,7 @@ def test_force_replaces_any_file(tmp_path: Path) -> None:
     notes.write_text("mine")
     for output in (notes, run):
         assert report_onto(output, run, "--force") == (0, "")
-        assert output.read_text().startswith('{\n "path": ')
+        assert output.read_text().startswith('{\n "schema": 1,\n "kind": "report",')
 
 
 def test_a_file_that_cannot_be_read_is_no_output(tmp_path: Path) -> None:
@@ -157,3 +157,29 @@ def test_a_file_that_cannot_be_read_is_no_output(tmp_path: Path) -> None:
     loop.symlink_to(loop)
     refusal = find_refusal([loop], [])
     assert "a file that cannot be read (Too many levels of symbolic links)" in (refusal or "")
+
+
+# --- files that cannot be written
+
+
+def test_a_missing_folder_a_file_as_a_folder_and_a_folder_are_obstacles(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, problem in (
+        (tmp_path / "missing" / "x.json", f"the folder {tmp_path / 'missing'} is missing"),
+        (tmp_path / "file" / "x.json", f"{tmp_path / 'file'} is a file and no folder"),
+        (tmp_path, "this is a folder"),
+        (tmp_path / ("x" * 999), "File name too long"),
+    ):
+        found = find_obstacle([tmp_path / "new.json", path]) or ""
+        assert found.startswith(f"{path}: file cannot be written: {problem}; ")
+    assert find_obstacle([tmp_path / "new", tmp_path / "file", Path(os.devnull)]) is None
+
+
+def test_permissions_are_obstacles(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    # The user root may write everywhere, so that the system's answer is replaced.
+    with mock.patch("os.access", return_value=False):
+        assert "no permission to write; choose another file" in (find_obstacle([file]) or "")
+        found = find_obstacle([tmp_path / "new"]) or ""
+        assert f"no permission to write in {tmp_path}; choose another folder" in found

@@ -134,7 +134,7 @@ def test_the_next_lines_stand_at_the_end(run: Path) -> None:
 def test_a_run_without_an_observed_step_is_reported_as_such(tmp_path: Path) -> None:
     path = write_empty_run(tmp_path)
     shown = altgrad("report", path, "--html", tmp_path / "page.html")
-    assert shown.returncode == 0, shown.stderr
+    assert shown.returncode == 1, shown.stderr
     assert "no step observed" in " ".join(shown.stdout.split())
     assert "No step was observed: there are no verdicts." in shown.stdout
     assert "No step was observed" in (tmp_path / "page.html").read_text()

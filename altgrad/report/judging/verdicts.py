@@ -17,11 +17,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from altgrad._messages import format_count
 from altgrad.measurement.catalogue import NOW
 from altgrad.measurement.intervals import find_interval
+from altgrad.report.frames import make_frame
 from altgrad.report.judging.calibration import Outcome
 
 PROGRESS, STEP_KEPT = "progress_kept", "kept_update_ratio"
@@ -227,6 +228,69 @@ class Assessment:
         for advice in self.advice:
             by_layer.setdefault(advice.layer, {})[advice.recipe] = advice
         return dict(sorted(by_layer.items(), key=lambda item: _rank(item[1])))
+
+    def to_pandas(self) -> Any:
+        """Return the verdicts on layers as a pandas DataFrame, with one line for each.
+
+        Returns:
+            A DataFrame with the columns ``layer``, ``recipe``, ``verdict`` (a name of `Verdict`),
+            ``kept`` (the share of the progress), ``has_twin``, ``nonfinite`` and ``suggestion``.
+            Then come one for each figure, by metric, one for its error, such as
+            ``stall_frac_error``, ``reason`` and ``evidence``. Missing figures are NaN.
+
+        Raises:
+            ImportError: pandas is missing.
+        """
+        metrics = dict.fromkeys(metric for each in self.advice for metric in each.figures)
+        with_errors = dict.fromkeys(metric for each in self.advice for metric in each.errors)
+        columns: dict[str, list[Any]] = {
+            "layer": [each.layer for each in self.advice],
+            "recipe": [each.recipe for each in self.advice],
+            "verdict": [each.verdict.name for each in self.advice],
+            "kept": [each.kept for each in self.advice],
+            "has_twin": [each.has_twin for each in self.advice],
+            "nonfinite": [each.nonfinite for each in self.advice],
+            "suggestion": [self.suggestions.get(each.layer) for each in self.advice],
+            **{m: [each.figures.get(m, math.nan) for each in self.advice] for m in metrics},
+            **{
+                f"{m}_error": [each.errors.get(m, math.nan) for each in self.advice]
+                for m in with_errors
+            },
+            "reason": [each.reason for each in self.advice],
+            "evidence": [each.evidence for each in self.advice],
+        }
+        return make_frame(columns, "to_pandas")
+
+    def runs_to_pandas(self) -> Any:
+        """Return the verdicts on the run as a pandas DataFrame, with one line for each recipe.
+
+        Returns:
+            A DataFrame with the columns ``recipe``, ``verdict`` (a name of `Verdict`), ``kept``,
+            ``low`` and ``high`` (the ends of `RunAdvice.interval`), ``weight_error``,
+            ``frozen_frac``, ``frozen_layers`` (their number), ``frozen_share``, ``behind_share``,
+            ``layers``, ``has_twin``, ``evidence`` and ``to_do``.
+
+        Raises:
+            ImportError: pandas is missing.
+        """
+        runs = [*self.runs.values()]
+        columns: dict[str, list[Any]] = {
+            "recipe": [each.recipe for each in runs],
+            "verdict": [each.verdict.name for each in runs],
+            "kept": [each.kept for each in runs],
+            "low": [each.interval[0] for each in runs],
+            "high": [each.interval[1] for each in runs],
+            "weight_error": [each.weight_error for each in runs],
+            "frozen_frac": [each.frozen_frac for each in runs],
+            "frozen_layers": [len(each.frozen) for each in runs],
+            "frozen_share": [each.frozen_share for each in runs],
+            "behind_share": [each.behind_share for each in runs],
+            "layers": [each.layers for each in runs],
+            "has_twin": [each.has_twin for each in runs],
+            "evidence": [each.evidence for each in runs],
+            "to_do": [each.to_do for each in runs],
+        }
+        return make_frame(columns, "runs_to_pandas")
 
 
 def _rank(advice: Mapping[str, Advice]) -> tuple[float, float]:

@@ -2,7 +2,8 @@
 
 `HEADER` is the first line. `LAYER_LINE` and `MODEL_LINE` hold the figures of a layer, or of the
 whole model, in one step. `LAYERS_LINE` describes layers that appear in mid-run. `VERDICTS_LINE` has
-the verdicts on the run after a step. `RESUMED_LINE` says from which step on the lines above it are
+the verdicts on the run after a step. `UNOBSERVED_LINE` says how many steps a run made of which none
+was observed. `RESUMED_LINE` says from which step on the lines above it are
 replaced, because a run was resumed there. `reading` checks every line once, by these kinds, so that
 reports need no further checks.
 
@@ -216,5 +217,14 @@ VERDICT = Fields(
 )
 
 VERDICTS_LINE = Fields({"step": _STEP, "verdicts": Table(VERDICT, _MOST_RECIPES + _MOST_FORMATS)})
+
+UNOBSERVED_LINE = Fields(
+    {
+        "unobserved": Fields(
+            {"steps": _STEP, "skipped": Table(Whole(0, LARGEST), _MOST_KEYS)},
+            {"every_n_steps": (Nullable(Whole(0, LARGEST)), None)},
+        )
+    }
+)
 
 RESUMED_LINE = Fields({"resumed": Fields({"before_step": _STEP})})

@@ -24,6 +24,7 @@ from altgrad.report.records.fields import (
     MODEL_LINE,
     RESUMED_LINE,
     SCHEMA,
+    UNOBSERVED_LINE,
     VERDICTS_LINE,
     VERSION,
 )
@@ -36,6 +37,7 @@ from altgrad.report.records.schema import (
     LayerInfo,
     RecipeInfo,
     RunFileError,
+    Unobserved,
     make_layers,
 )
 
@@ -55,6 +57,7 @@ class _File:
         rows: The lines with figures of a step, without those that a resumed run replaced.
         verdicts: Verdicts on the run after a step, each a pair of the step and the verdicts by
             recipe, without those of steps that a resumed run replaced.
+        unobserved: What a run without an observed step wrote at its end.
         notes: Sentences for the user, such as on a skipped line.
     """
 
@@ -62,6 +65,7 @@ class _File:
     header: Header
     rows: list[Row] = field(default_factory=list)
     verdicts: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    unobserved: Unobserved | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -116,6 +120,7 @@ def read(path: str | os.PathLike[str]) -> Run:
         now=last.header.now,
         optimizers=last.header.optimizers,
         verdicts=next((each.verdicts[-1][1] for each in files if each.verdicts), {}),
+        unobserved=last.unobserved,
     )
 
 
@@ -275,6 +280,8 @@ def _add_line(file: _File, value: Mapping[str, Any]) -> None:
     elif "verdicts" in value:
         parsed = VERDICTS_LINE.parse(value)
         file.verdicts.append((parsed["step"], parsed["verdicts"]))
+    elif "unobserved" in value:
+        file.unobserved = Unobserved(**UNOBSERVED_LINE.parse(value)["unobserved"])
     elif "elements" in value:  # only the model's line has more keys
         file.rows.append(_make_model_row(MODEL_LINE.parse(value)))
     else:

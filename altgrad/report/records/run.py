@@ -21,7 +21,8 @@ from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS
 from altgrad.measurement.histogram import Histogram
 from altgrad.measurement.intervals import find_interval
 from altgrad.quantization.formats import Scaling
-from altgrad.report.records.schema import FormatInfo, LayerInfo, RecipeInfo
+from altgrad.report.frames import make_frame
+from altgrad.report.records.schema import FormatInfo, LayerInfo, RecipeInfo, Unobserved
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -127,6 +128,7 @@ class Run:
         verdicts: The last verdicts that the run wrote on itself, by name of the recipe, ``now`` for
             what it lost itself. Each has the keys of docs/run-file.md, such as ``verdict``. Empty
             if the run wrote none.
+        unobserved: What the run wrote at its end if no step was observed; otherwise None.
     """
 
     path: Path
@@ -143,6 +145,7 @@ class Run:
     now: RecipeInfo | None = None
     optimizers: Mapping[str, int] = field(default_factory=dict)
     verdicts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    unobserved: Unobserved | None = None
 
     def __repr__(self) -> str:
         """Return the path of the run file and how much is in it, in a line."""
@@ -197,10 +200,6 @@ class Run:
         Raises:
             ImportError: pandas is missing.
         """
-        try:
-            pandas = importlib.import_module("pandas")
-        except ImportError as error:
-            raise ImportError("to_pandas(): expected pandas; run pip install pandas") from error
         keys = dict.fromkeys(key for row in self.rows for key in row.figures)
         error_keys = dict.fromkeys(key for row in self.rows for key in row.errors)
         columns: dict[str, list[Any]] = {
@@ -214,7 +213,7 @@ class Run:
             key.replace("/", "_error/", 1): [row.errors.get(key, math.nan) for row in self.rows]
             for key in error_keys
         }
-        return pandas.DataFrame(columns)
+        return make_frame(columns, "to_pandas")
 
     @functools.cached_property
     def _rows_by_layer(self) -> dict[str | None, list[Row]]:

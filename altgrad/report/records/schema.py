@@ -35,6 +35,21 @@ class RunFileError(ValueError):
         super().__init__(replace_unprintable(message))
 
 
+class Unobserved(NamedTuple):
+    """The steps of a run that ended without an observed step.
+
+    Attributes:
+        steps: Number of steps that the run made.
+        skipped: Number of steps that were looked at and moved no weight, by reason.
+        every_n_steps: Number of steps from one observed step to the next, 0 for no step; None if
+            unknown.
+    """
+
+    steps: int
+    skipped: Mapping[str, int]
+    every_n_steps: int | None = None
+
+
 class Predecessor(NamedTuple):
     """A reference from a run file to the file of the earlier run that it continues.
 

@@ -175,10 +175,7 @@ class RunFile:
             ValueError: The file is closed, or a number is out of range.
         """
         step = _check_whole("step", step)
-        skipped = {
-            reason: _check_whole(f"skipped[{str(reason)!r}]", count)
-            for reason, count in skipped.items()
-        }
+        skipped = _check_counts(skipped)
         if weights is not None:
             _check_histogram("weights", weights)
         self._write(format_lines(step, record, skipped, weights))
@@ -211,6 +208,31 @@ class RunFile:
         """
         step = _check_whole("step", step)
         self._write(_format_line({"step": step, "verdicts": runs_as_json(runs)}))
+
+    def add_unobserved(
+        self, steps: int, skipped: Mapping[str, int], every_n_steps: int | None = None
+    ) -> None:
+        """Write a line on the steps of a run that ends without an observed step.
+
+        Args:
+            steps: Number of steps that the run made.
+            skipped: Number of steps that were looked at and moved no weight, by reason.
+            every_n_steps: Number of steps from one observed step to the next, 0 for no step; None
+                if unknown.
+
+        Raises:
+            OSError: The line cannot be written; then the file has no part of it.
+            TypeError: A number is no whole number.
+            ValueError: The file is closed, or a number is out of range.
+        """
+        value = {
+            "steps": _check_whole("steps", steps),
+            "skipped": _check_counts(skipped),
+            "every_n_steps": every_n_steps
+            if every_n_steps is None
+            else _check_whole("every_n_steps", every_n_steps),
+        }
+        self._write(_format_line({"unobserved": value}))
 
     def close(self) -> None:
         """Close the file, and release its lock for other writers."""
@@ -276,6 +298,14 @@ def _check_whole(name: str, value: object) -> int:
         shown = number if abs(number) < 10**60 else "…"
         raise ValueError(f"{name}={shown}: expected a number from 0 to 2**63 - 1")
     return number
+
+
+def _check_counts(skipped: Mapping[str, int]) -> dict[str, int]:
+    """Return numbers of skipped steps as ints, by reason; raise an error unless all are whole."""
+    return {
+        str(reason): _check_whole(f"skipped[{str(reason)!r}]", count)
+        for reason, count in skipped.items()
+    }
 
 
 def _check_histogram(name: str, histogram: Histogram) -> None:
