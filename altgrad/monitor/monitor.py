@@ -61,6 +61,7 @@ from altgrad.monitor.run_storage import describe_storage
 from altgrad.monitor.scale_state import ScaleState
 from altgrad.monitor.schedule import StepSchedule
 from altgrad.monitor.start_weights import StartWeights
+from altgrad.monitor.state_sizes import measure_states
 from altgrad.monitor.twin_layers import TwinLayers, count_most_sampled
 from altgrad.monitor.unjudged import leave_out_unjudged
 from altgrad.monitor.watch import Watch
@@ -330,6 +331,7 @@ class UpdateMonitor:
 
         `altgrad.report.RunFile` takes the header. Call this method after `attach`: the optimizers
         tell how the run itself is stored, which the header has under ``now``. It is None before.
+        The ``states`` of a layer are None until the layer was observed in a step.
 
         Returns:
             A dict that JSON can hold.
@@ -341,6 +343,9 @@ class UpdateMonitor:
                 parameter,
                 self._settings.get(name),
                 self._settings.count_measured(name, parameter.shape),
+                measure_states(
+                    self._observer.optimizers, parameter, has_stepped=name in self._last_seen
+                ),
             )
             for name, parameter in self._observer.parameters.items()
             if name in described
@@ -841,7 +846,9 @@ class UpdateMonitor:
                 "scaling": self._formats.scaling,
                 "seed": self._settings.seed,
                 "overhead_budget": self._policy.overhead_budget,
-                "recipes": {each.name: describe_recipe(each) for each in self.recipes},
+                "recipes": {
+                    each.name: describe_recipe(each, self.scaling) for each in self.recipes
+                },
             },
             "state": {
                 "scales": self._scale_state.description(),

@@ -9,13 +9,14 @@ Read it in this order:
 2. `judging` judges a run, and each of its layers.
 3. `run_report` combines a run with its verdicts, and `ranking` orders its layers. `drawings`, on
    figures of `canvas`, draws its pictures, and `applying` writes Python code that applies its
-   suggestions.
+   suggestions. `memory` computes what each recipe takes, and `planning` chooses a recipe for each
+   layer within a budget; `memory_table`, `plan_table` and `plan_code` show both.
 4. `terminal`, which begins with `terminal_runs`, `web_page` and `exports` show the report;
    `answers`, `cells`, `names` and `printing` hold what they share.
 5. `comparison` compares two runs. If one of them predicted how the other is stored, which
    `matching` finds out, `confirmation` sets the prediction beside what happened;
    `confirmation_table` and `confirmation_drawing` show it.
-6. `commands` is the command line.
+6. `commands` and `plan_command` are the command line.
 """
 
 from typing import TYPE_CHECKING
@@ -48,6 +49,16 @@ if TYPE_CHECKING:
     from altgrad.report.judging.judge import Judge, StandardErrors, judge_run
     from altgrad.report.judging.summaries import write_nonfinite, write_sentence
     from altgrad.report.judging.verdicts import Advice, Assessment, RunAdvice, Verdict
+    from altgrad.report.memory import (
+        Bytes,
+        Memory,
+        describe_saved,
+        format_saved,
+        measure_memory,
+    )
+    from altgrad.report.memory_table import print_memory
+    from altgrad.report.plan_code import write_plan_code
+    from altgrad.report.planning import Option, Plan, PlanError, Planned, make_plan
     from altgrad.report.ranking import list_lost, rank_layers
     from altgrad.report.records.fields import SCHEMA
     from altgrad.report.records.reading import read
@@ -72,6 +83,7 @@ __all__ = [
     "STEP_BY_STEP",
     "Advice",
     "Assessment",
+    "Bytes",
     "Comparison",
     "Confirmation",
     "ConfirmedLayer",
@@ -81,7 +93,12 @@ __all__ = [
     "Judge",
     "LayerInfo",
     "Meaning",
+    "Memory",
+    "Option",
     "Pair",
+    "Plan",
+    "PlanError",
+    "Planned",
     "Predecessor",
     "RecipeInfo",
     "Row",
@@ -96,7 +113,9 @@ __all__ = [
     "cell_text",
     "confirmation_page",
     "describe_frozen_now",
+    "describe_saved",
     "find_confirmation",
+    "format_saved",
     "has_intervals",
     "heat_map",
     "judge_run",
@@ -105,10 +124,13 @@ __all__ = [
     "list_legend",
     "list_lost",
     "list_rows",
+    "make_plan",
+    "measure_memory",
     "page",
     "png",
     "print_comparison",
     "print_confirmation",
+    "print_memory",
     "print_report",
     "print_verdicts",
     "ranges",
@@ -118,6 +140,7 @@ __all__ = [
     "svg",
     "write_answer",
     "write_nonfinite",
+    "write_plan_code",
     "write_sentence",
 ]
 
@@ -135,6 +158,10 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
             "confirmation_table": "print_confirmation",
             "drawings": "heat_map kept_map ranges steps_histogram",
             "judging.judge": "Judge StandardErrors judge_run",
+            "memory": "Bytes Memory describe_saved format_saved measure_memory",
+            "memory_table": "print_memory",
+            "plan_code": "write_plan_code",
+            "planning": "Option Plan PlanError Planned make_plan",
             "ranking": "list_lost rank_layers",
             "records.fields": "SCHEMA",
             "records.reading": "read",

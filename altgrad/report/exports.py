@@ -15,6 +15,7 @@ from altgrad.report.answers import write_storage
 from altgrad.report.confirmation import MEANING, Confirmation, ConfirmedLayer
 from altgrad.report.judging.tallies import STEP_METRICS, TWIN_METRICS
 from altgrad.report.judging.verdicts import Advice
+from altgrad.report.memory_table import memory_as_json
 from altgrad.report.records.kinds import number_as_json
 from altgrad.report.records.run import Row, Run
 from altgrad.report.records.schema import info_as_json
@@ -65,6 +66,7 @@ def as_json(report: RunReport) -> dict[str, Any]:
             for layer, advice in by_layer.items()
         },
         "to_apply": report.to_apply,
+        "memory": memory_as_json(report.run),
         "notes": report.notes,
     }
     return value | (_convert_twins(report.run) if report.run.recipes else {})

@@ -18,6 +18,7 @@ from altgrad.measurement.catalogue import NOW, get_metric
 from altgrad.report.answers import write_visible
 from altgrad.report.cells import COLOURS, KEPT_MEANING, UNMOVED, cell_text
 from altgrad.report.judging.decimals import format_kept
+from altgrad.report.memory_table import print_memory
 from altgrad.report.names import replace_unprintable, shorten_names
 from altgrad.report.printing import (
     GAP,
@@ -70,6 +71,7 @@ def print_report(report: RunReport, console: Console, most_layers: int | None = 
     _print_to_apply(report, console)
     for note in report.notes:
         print_text(console, f"Note: {note}", "yellow")
+    print_memory(report, console)
 
 
 def _print_to_apply(report: RunReport, console: Console) -> None:
