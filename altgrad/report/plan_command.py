@@ -34,11 +34,11 @@ def plan(
     layers: _Layers = 40,
     force: _Force = False,
 ) -> None:
-    """Choose for each layer the recipe that keeps most progress within a memory budget.
+    """Choose a recipe for each layer, so that all fit a budget of memory.
 
-    A layer stays in float32, or is stored by one of the recipes that the run tried
-    and in which it goes on to move. The code below the table applies the plan.
-    With - as FILE, only the JSON is shown.
+    Each layer stays in float32, or is stored by a recipe that the run tried and
+    in which the layer goes on to move. The code below the table applies the
+    plan. With - as FILE, only the JSON is shown.
 
     \f
     Args:
