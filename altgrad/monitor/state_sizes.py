@@ -35,8 +35,8 @@ def measure_states(
 
     Returns:
         By name of the state, under ``elements`` how many numbers it has that could be stored in
-        another format, 0 for counters, tables and scales, and under ``bytes`` its size, that of all
-        ranks together. None if the states are unknown, as before the first step.
+        another format, and under ``bytes`` its size on all ranks together. Counters, tables and
+        scales have 0 elements. None if the states are unknown, as before the first step.
     """
     found = [each.state[parameter] for each in optimizers if each.state.get(parameter)]
     if not (found or has_stepped):
