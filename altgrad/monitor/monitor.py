@@ -61,7 +61,7 @@ from altgrad.monitor.run_storage import describe_storage
 from altgrad.monitor.scale_state import ScaleState
 from altgrad.monitor.schedule import StepSchedule
 from altgrad.monitor.start_weights import StartWeights
-from altgrad.monitor.state_sizes import measure_states
+from altgrad.monitor.state_sizes import find_owners, measure_states
 from altgrad.monitor.twin_layers import TwinLayers, count_most_sampled
 from altgrad.monitor.unjudged import leave_out_unjudged
 from altgrad.monitor.watch import Watch
@@ -338,13 +338,14 @@ class UpdateMonitor:
         """
         # A layer that was observed may be frozen at the moment, as in an alternating GAN.
         described = {*self.parameters, *self._last_seen}
+        owners = find_owners(self._observer.optimizers)
         layers = {
             name: describe_layer(
                 parameter,
                 self._settings.get(name),
                 self._settings.count_measured(name, parameter.shape),
                 measure_states(
-                    self._observer.optimizers, parameter, has_stepped=name in self._last_seen
+                    owners.get(parameter), parameter, has_stepped=name in self._last_seen
                 ),
             )
             for name, parameter in self._observer.parameters.items()

@@ -22,29 +22,41 @@ _TABLES = ("qmap", "absmax")
 """First letters of the names under which bitsandbytes keeps values of codes, and scales."""
 
 
+def find_owners(optimizers: Iterable[Optimizer]) -> dict[Tensor, Optimizer]:
+    """Return the optimizer that steps each parameter, by parameter."""
+    return {
+        parameter: optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
 def measure_states(
-    optimizers: Iterable[Optimizer], parameter: Tensor, *, has_stepped: bool
+    optimizer: Optimizer | None, parameter: Tensor, *, has_stepped: bool
 ) -> dict[str, dict[str, int]] | None:
-    """Measure the states that optimizers keep of a layer.
+    """Measure the states that an optimizer keeps of a layer.
 
     Args:
-        optimizers: The optimizers, without the wrappers of trainers.
+        optimizer: The optimizer that steps the layer, without the wrapper of a trainer; None if
+            unknown.
         parameter: The layer's parameter.
-        has_stepped: True if an optimizer has stepped the layer, so that a state that is missing
-            does not exist.
+        has_stepped: True if the optimizer has stepped the layer. If it then has no state of any
+            layer, it keeps none.
 
     Returns:
         By name of the state, under ``elements`` how many numbers it has that could be stored in
         another format, and under ``bytes`` its size on all ranks together. Counters, tables and
         scales have 0 elements. None if the states are unknown, as before the first step.
     """
-    found = [each.state[parameter] for each in optimizers if each.state.get(parameter)]
-    if not (found or has_stepped):
+    if optimizer is None:
         return None
+    states = optimizer.state.get(parameter)
+    if not states:
+        return {} if has_stepped and not optimizer.state else None
     return {
         name: {"elements": sum(_count_elements(name, each, parameter) for each in tensors)}
         | {"bytes": sum(map(count_bytes, tensors))}
-        for states in found
         for name, value in states.items()
         if (tensors := _list_tensors(value))
     }

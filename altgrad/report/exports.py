@@ -39,8 +39,9 @@ def as_json(report: RunReport) -> dict[str, Any]:
 
     Returns:
         The run, its summary and notes. Under ``runs`` the verdict on the run by recipe, ``now``
-        for what the run itself loses; by layer and recipe the verdict with its figures. If the run
-        tried recipes on samples (twins), also the recipes and their last figures.
+        for what the run itself loses; by layer and recipe the verdict with its figures. Under
+        ``memory`` what each recipe takes. If the run tried recipes on samples (twins), also the
+        recipes and their last figures.
     """
     by_layer, suggestions = report.by_layer, report.assessment.suggestions
     value = {

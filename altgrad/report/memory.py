@@ -3,7 +3,7 @@
 A *recipe* says how weights and optimizer states are stored. The bytes follow from the real shapes
 of the run's layers, the states that its optimizer keeps, and the bits of the formats; the scales of
 formats count. They are compared with weights and states in float32 of the run's own optimizer.
-Gradients, activations and layers that were not observed are left out.
+Gradients, activations and layers without an observed step are left out.
 
 Read `records.run` first; `memory_table` shows the result, and `planning` chooses recipes by it.
 """
@@ -66,11 +66,12 @@ class Bytes(NamedTuple):
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory that the observed layers of a run take if they are stored as a recipe says.
+    """The memory that the layers of a run take that moved, if they are stored as a recipe says.
 
     Attributes:
         recipe: Name of the recipe; ``now`` for the run as it is.
         parameters: Number of weights in these layers.
+        layers: Number of these layers.
         bytes: Bytes of these layers, stored as the recipe says.
         fp32: Bytes of these layers with weights and states in float32, without rounding errors and
             copies of the weights.
@@ -78,6 +79,7 @@ class Memory:
 
     recipe: str
     parameters: int
+    layers: int
     bytes: Bytes
     fp32: float
 
@@ -106,9 +108,9 @@ def measure_memory(run: Run) -> dict[str, Memory]:
         run: The run, as `altgrad.report.read` returns it.
 
     Returns:
-        The memory of the observed layers by name of the recipe.
+        The memory of the layers of `list_counted`, by name of the recipe.
     """
-    layers = [*run.layers.values()]
+    layers = [*list_counted(run).values()]
     parameters = sum(math.prod(each.shape) for each in layers)
     fp32 = _add(map(measure_fp32, layers)).total
     now = _add(map(measure_now, layers))
@@ -118,7 +120,17 @@ def measure_memory(run: Run) -> dict[str, Memory]:
     }
     if now.total != fp32 and not math.isnan(now.total):
         found = {NOW: now} | found
-    return {name: Memory(name, parameters, each, fp32) for name, each in found.items()}
+    return {name: Memory(name, parameters, len(layers), each, fp32) for name, each in found.items()}
+
+
+def list_counted(run: Run) -> dict[str, LayerInfo]:
+    """Return the layers of a run whose memory counts, by name.
+
+    These are the layers whose optimizer states are known, as those without a step have none; all
+    layers if no states are known.
+    """
+    known = {name: each for name, each in run.layers.items() if each.states is not None}
+    return known or dict(run.layers)
 
 
 def measure_layer(layer: LayerInfo, recipe: RecipeInfo) -> Bytes:

@@ -66,6 +66,8 @@ def print_memory(report: RunReport, console: Console) -> None:
     if not found:
         return
     print_text(console, write_memory(report.run, found), "bold")
+    if not is_known(found):
+        return
     headings, rows = tabulate_memory(found)
     columns = [*zip(headings, *rows, strict=True)]
     width = max(console.width - GAP - measure_columns(columns[1:]), _LEAST_WIDTH)
@@ -80,6 +82,11 @@ def print_memory(report: RunReport, console: Console) -> None:
     console.print()
 
 
+def is_known(found: Mapping[str, Memory]) -> bool:
+    """Return True if the memory of a run in float32, with which recipes compare, is known."""
+    return any(not math.isnan(each.fp32) for each in found.values())
+
+
 def write_memory(run: Run, found: Mapping[str, Memory]) -> str:
     """Return a sentence on the memory that a run takes in float32, or why it is unknown.
 
@@ -88,15 +95,17 @@ def write_memory(run: Run, found: Mapping[str, Memory]) -> str:
         found: Its memory by recipe, one at least.
     """
     memory = next(iter(found.values()))
-    what = (
-        f"{format_count(memory.parameters, 'weight')} in {format_count(len(run.layers), 'layer')}"
-    )
+    weights, layers = memory.parameters, memory.layers
+    what = f"{format_count(weights, 'weight')} in {format_count(layers, 'layer')}"
+    rest = len(run.layers) - layers
+    others = f" Not counted: {format_count(rest, 'layer')} without a step." if rest else ""
     if math.isnan(memory.fp32):
         return (
             f"Memory: {what}. The optimizer states are unknown: the run file was written by an "
             "older AltGrad, or not by watch, PrecisionMonitor or PrecisionCallback."
         )
-    return f"Memory: {what} take {format_bytes(memory.fp32)} in float32 with the run's optimizer."
+    whole = format_bytes(memory.fp32)
+    return f"Memory: {what} take {whole} in float32 with the run's optimizer.{others}"
 
 
 def tabulate_memory(found: Mapping[str, Memory]) -> tuple[list[str], list[list[str]]]:

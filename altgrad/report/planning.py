@@ -20,9 +20,9 @@ from altgrad.quantization.block_formats import get_formats
 from altgrad.report.judging.calibration import calibration
 from altgrad.report.judging.tallies import FROZEN
 from altgrad.report.judging.verdicts import Advice, Assessment, Verdict
-from altgrad.report.memory import format_bytes, measure_fp32, measure_layer
+from altgrad.report.memory import format_bytes, list_counted, measure_fp32, measure_layer
 from altgrad.report.records.run import Run
-from altgrad.report.records.schema import RecipeInfo
+from altgrad.report.records.schema import LayerInfo, RecipeInfo
 
 FP32 = "fp32"
 _MOVED = "moved_rms"
@@ -148,14 +148,15 @@ def make_plan(run: Run, assessment: Assessment, budget: float) -> Plan:
         raise PlanError(f"{run.path}: expected a run with recipes; train with recipes=[…]")
     left_out = {name: why for name, each in run.recipes.items() if (why := explain_left_out(each))}
     recipes = {name: each for name, each in run.recipes.items() if name not in left_out}
-    layers = {name: _list_options(run, assessment, name, recipes) for name in run.layers}
+    counted = list_counted(run)
+    layers = {name: _list_options(run, assessment, name, recipes) for name in counted}
     fp32 = {name: options[0].bytes for name, options in layers.items()}
-    if unknown := [name for name, size in fp32.items() if math.isnan(size)]:
+    if not layers or any(map(math.isnan, fp32.values())):
         raise PlanError(
-            f"{run.path}: the optimizer states of {few(unknown)} are unknown; observe a step in "
-            "which each layer moves, with altgrad.watch, PrecisionMonitor or PrecisionCallback"
+            f"{run.path}: the sizes of optimizer states are unknown; observe a step with "
+            "altgrad.watch, PrecisionMonitor or PrecisionCallback, which write them"
         )
-    weights, by_movement = _weigh(run)
+    weights, by_movement = _weigh(run, counted)
     most = budget * math.fsum(fp32.values())
     chosen = _choose_by_tiers([*layers.values()], [*weights.values()], most)
     size = _count_bytes(chosen)
@@ -394,16 +395,24 @@ def can_be_stored(advice: Advice) -> bool:
     return any(advice.verdict in tier for tier in _TIERS)
 
 
-def _weigh(run: Run) -> tuple[dict[str, float], bool]:
+def _weigh(run: Run, layers: Mapping[str, LayerInfo]) -> tuple[dict[str, float], bool]:
     """Return how much each layer counts in the progress of the model, and whether by movement.
 
     The model's progress_kept is Σ ⟨moved, moved in fp32⟩ / Σ ‖moved in fp32‖², so that a layer
-    counts by the square of the distance that float32 moves its weights.
+    counts by the square of the distance that float32 moves its weights. A layer without a twin has
+    no distance and no options: it counts nothing, and stays in float32.
+
+    Args:
+        run: The run.
+        layers: The layers that count.
     """
-    sizes = {name: math.prod(layer.shape) for name, layer in run.layers.items()}
-    moved = {name: _find_moved(run, name) for name in run.layers}
-    weights = {name: size * moved[name] ** 2 for name, size in sizes.items()}
-    if math.isfinite(total := math.fsum(weights.values())) and total > 0:
+    sizes = {name: math.prod(layer.shape) for name, layer in layers.items()}
+    moved = {name: _find_moved(run, name) for name in layers}
+    weights = {
+        name: 0.0 if math.isnan(moved[name]) else size * moved[name] ** 2
+        for name, size in sizes.items()
+    }
+    if 0 < math.fsum(weights.values()) < math.inf:
         return weights, True
     return {name: float(size) for name, size in sizes.items()}, False
 

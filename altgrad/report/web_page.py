@@ -28,7 +28,7 @@ from altgrad.report.judging.decimals import format_difference, format_figure, fo
 from altgrad.report.judging.summaries import write_nonfinite
 from altgrad.report.judging.verdicts import Verdict
 from altgrad.report.memory import measure_memory
-from altgrad.report.memory_table import NOTE as MEMORY_NOTE, tabulate_memory, write_memory
+from altgrad.report.memory_table import NOTE as MEMORY_NOTE, is_known, tabulate_memory, write_memory
 from altgrad.report.names import replace_unprintable_in_lines
 from altgrad.report.run_report import RunReport
 
@@ -81,7 +81,7 @@ def page(report: RunReport) -> str:
                 if all(each.verdict is Verdict.NOT_JUDGED for each in advice.values())
             },
             pictures=pictures,
-            memory=tabulate_memory(memory) if memory else None,
+            memory=tabulate_memory(memory) if is_known(memory) else None,
             memory_sentence=write_memory(report.run, memory) if memory else "",
             memory_note=MEMORY_NOTE,
             captions={name: _CAPTIONS.get(name, _STALLS) for name in pictures},

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import altgrad
-from altgrad.monitor.state_sizes import measure_states
+from altgrad.monitor.state_sizes import find_owners, measure_states
 from altgrad.report import Header, read
 
 
@@ -40,9 +40,9 @@ def test_each_state_has_its_elements_and_bytes(
 ) -> None:
     parameter = nn.Parameter(torch.ones(5, 7, dtype=dtype))
     optimizer = kind([parameter], lr=1e-3, **options)
-    assert measure_states([optimizer], parameter, has_stepped=False) is None
+    assert measure_states(optimizer, parameter, has_stepped=False) is None
     step(optimizer, parameter)
-    found = measure_states([optimizer], parameter, has_stepped=True)
+    found = measure_states(optimizer, parameter, has_stepped=True)
     assert found is not None
     assert {name: each["elements"] for name, each in found.items()} == elements
     assert {name: each["bytes"] for name, each in found.items()} == {
@@ -55,7 +55,7 @@ def test_a_counter_of_a_layer_of_one_element_is_no_number_to_store() -> None:
     parameter = nn.Parameter(torch.ones(()))
     optimizer = torch.optim.AdamW([parameter])
     step(optimizer, parameter)
-    found = measure_states([optimizer], parameter, has_stepped=True)
+    found = measure_states(optimizer, parameter, has_stepped=True)
     assert found == {
         "step": {"elements": 0, "bytes": 4},
         "exp_avg": {"elements": 1, "bytes": 4},
@@ -74,10 +74,28 @@ def test_the_tensors_of_a_list_count_together() -> None:
         return loss
 
     optimizer.step(closure)
-    found = measure_states([optimizer], parameter, has_stepped=True)
+    found = measure_states(optimizer, parameter, has_stepped=True)
     assert found is not None
     kept = optimizer.state[parameter]["old_dirs"]
     assert found["old_dirs"] == {"elements": 6 * len(kept), "bytes": 24 * len(kept)}
+
+
+def test_states_of_one_of_several_layers_that_are_missing_are_unknown() -> None:
+    here, elsewhere = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = torch.optim.AdamW([here, elsewhere])
+    step(optimizer, here)  # the other has no gradient, or its state lies on another rank
+    assert measure_states(optimizer, here, has_stepped=True)
+    assert measure_states(optimizer, elsewhere, has_stepped=True) is None
+    assert measure_states(None, here, has_stepped=True) is None
+
+
+def test_each_layer_has_the_optimizer_that_steps_it() -> None:
+    one, other = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    first, second = torch.optim.SGD([one], lr=1.0), torch.optim.AdamW([other])
+    step(second, other)
+    owners = find_owners([first, second])
+    assert owners == {one: first, other: second}
+    assert measure_states(owners[one], one, has_stepped=True) == {}
 
 
 def test_the_run_file_has_the_states_of_each_layer_after_its_first_observed_step(

@@ -223,12 +223,21 @@ def test_what_is_unknown_is_nan_and_says_so(tmp_path: Path) -> None:
     assert math.isnan(found.fp32)
 
 
+def test_layers_without_a_step_are_not_counted(tmp_path: Path) -> None:
+    run = record(tmp_path, torch.optim.AdamW, "bf16")
+    unused = {"0": replace(run.layers["0"], states=None)}
+    (memory,) = measure_memory(replace(run, layers=run.layers | unused)).values()
+    assert memory.layers == len(SHAPES) - 1
+    assert memory.parameters == sum(math.prod(shape) for shape in SHAPES[1:])
+    assert math.isfinite(memory.fp32)
+
+
 def make_sgd(parameters: list[nn.Parameter], group: dict[str, Any]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=group["lr"])
 
 
 def test_savings_are_said_shortly() -> None:
-    memory = Memory("a", 1000, Bytes(2e6, 0.8e6), 7.7e6)
+    memory = Memory("a", 1000, 2, Bytes(2e6, 0.8e6), 7.7e6)
     assert memory.saved_share == pytest.approx(4.9 / 7.7)
     assert format_saved(memory) == "64 %"
     assert describe_saved(memory) == "saves 4.90 MB of 7.70 MB (64 %)"

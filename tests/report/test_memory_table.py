@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from altgrad.report import Run, RunReport
+from altgrad.report import Run, RunReport, page, print_report
+from altgrad.report.exports import as_json
 from altgrad.report.memory import measure_memory
 from altgrad.report.memory_table import memory_as_json, print_memory, tabulate_memory
 from tests.report.planned_runs import record
@@ -39,6 +40,23 @@ def test_the_terminal_has_a_row_for_each_recipe(run: Run) -> None:
     assert rows["e4m3fn"][-2:] == ["25", "%"]
 
 
+def test_the_report_has_the_table_in_the_terminal_on_the_page_and_in_json(run: Run) -> None:
+    report = RunReport.from_run(run)
+    console = Console(file=io.StringIO(), width=80)
+    print_report(report, console)
+    assert show(run) in console.file.getvalue()  # type: ignore[attr-defined]
+    html = page(report)
+    assert '<table id="memory">' in html
+    assert "<td>e4m3fn</td>" in html.split('<table id="memory">')[1].split("</table>")[0]
+    assert as_json(report)["memory"] == memory_as_json(run)
+
+
+def test_layers_without_a_step_are_counted_apart(run: Run) -> None:
+    unused = {"head.bias": replace(run.layers["head.bias"], states=None)}
+    text = " ".join(show(replace(run, layers=run.layers | unused)).split())
+    assert "Not counted: 1 layer without a step." in text
+
+
 def test_parts_that_no_recipe_has_are_no_columns(run: Run) -> None:
     assert "master copy" not in show(run)
     few = {name: each for name, each in run.recipes.items() if name != "bf16-kahan"}
@@ -49,8 +67,9 @@ def test_parts_that_no_recipe_has_are_no_columns(run: Run) -> None:
 def test_an_older_run_file_has_unknown_memory_and_says_why(run: Run) -> None:
     older = replace(run, layers={n: replace(e, states=None) for n, e in run.layers.items()})
     text = show(older)
-    assert "unknown" in text
     assert "The optimizer states are unknown" in " ".join(text.split())
+    assert "bf16-kahan" not in text
+    assert '<table id="memory">' not in page(RunReport.from_run(older))
     assert show(replace(run, recipes={})) == ""
 
 
