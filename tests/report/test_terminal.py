@@ -65,7 +65,7 @@ def test_a_report_of_many_layers_shows_the_worst_40_and_all_on_demand(tmp_path: 
     fine = [long.format(k) for k in range(2000)]
     path = write_run(tmp_path, ["the.frozen.one"], fine, steps=1)
     lines = altgrad("report", path).stdout.splitlines()
-    assert len(lines) < 90
+    assert len(lines) < 94  # the last three are about memory
     assert "40 of 2,001 layers, first those frozen, stuck or NaN in a recipe (1 in all):" in lines
     (row,) = (line for line in lines if line.startswith("the.frozen.one"))
     assert row.split()[1:] == ["frozen", "0.00", "frozen", "0.00", "none"]
