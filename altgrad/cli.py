@@ -31,7 +31,7 @@ demo`; see pyproject.toml."""
 _OWN = {
     name: EntryPoint(name, f"altgrad.report.commands:{name}", COMMANDS)
     for name in ("report", "compare")
-}
+} | {"plan": EntryPoint("plan", "altgrad.report.plan_command:plan", COMMANDS)}
 
 _REMEDY = "pip install 'altgrad[demo]'"
 

@@ -43,7 +43,7 @@ def describe_run(
         "formats": {format.name: describe_format(format, scaling) for format in formats},
         "scaling": scaling,
         "layers": dict(layers),
-        "recipes": {recipe.name: describe_recipe(recipe) for recipe in recipes},
+        "recipes": {recipe.name: describe_recipe(recipe, scaling) for recipe in recipes},
     }
 
 
@@ -69,14 +69,15 @@ def describe_format(format: NumberFormat, scaling: Scaling | None) -> dict[str, 
     }
 
 
-def describe_recipe(recipe: Recipe) -> dict[str, Any]:
+def describe_recipe(recipe: Recipe, scaling: Scaling | None) -> dict[str, Any]:
     """Describe how a recipe stores weights and states, by names of formats and dtypes.
 
     Args:
         recipe: The recipe.
+        scaling: Which elements share a scale in formats that prescribe no scaling.
 
     Returns:
-        A dict that JSON can hold.
+        A dict that JSON can hold. Under ``sizes`` it has what the memory of a layer follows from.
     """
     maker = recipe.maker
     return {
@@ -89,7 +90,39 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
         "fused": recipe.fused,
         "accumulate": None if recipe.accumulate is None else str(recipe.accumulate),
         "bytes_per_parameter": recipe.bytes_per_parameter,
+        "sizes": _describe_sizes(recipe, scaling),
     }
+
+
+def _describe_sizes(recipe: Recipe, scaling: Scaling | None) -> dict[str, Any]:
+    """Return bits and scaling of each format of a recipe, and what its own optimizer keeps."""
+    weights, maker = recipe.weights_format, recipe.maker
+    packed = None if maker is None else maker.packed
+    return {
+        "weights": None if weights is None else _describe_size(weights, scaling),
+        "states": {
+            name: _describe_size(format, scaling) for name, format in recipe.state_formats.items()
+        },
+        "optimizer": None
+        if maker is None
+        else {
+            "state_bytes": maker.state_bytes,
+            "compensation_bytes": maker.compensation_bytes,
+            "packed": None
+            if packed is None
+            else {
+                "block": packed.block,
+                "least": packed.least,
+                "only_whole": packed.only_whole,
+                "states": packed.states,
+                "table_bytes": packed.table_bytes,
+            },
+        },
+    }
+
+
+def _describe_size(format: NumberFormat, scaling: Scaling | None) -> dict[str, Any]:
+    return {"bits": format.element.bits, "scaling": get_applied_scaling(format, scaling)}
 
 
 def describe_name(factory: Callable[..., Any]) -> str:
@@ -98,13 +131,19 @@ def describe_name(factory: Callable[..., Any]) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
-def describe_layer(parameter: Tensor, sampling: LayerSampling, elements: int) -> dict[str, Any]:
-    """Describe the shape, dtype and sampling of a layer.
+def describe_layer(
+    parameter: Tensor,
+    sampling: LayerSampling,
+    elements: int,
+    states: Mapping[str, Mapping[str, int]] | None = None,
+) -> dict[str, Any]:
+    """Describe the shape, dtype, sampling and optimizer states of a layer.
 
     Args:
         parameter: The layer's parameter.
         sampling: The layer's settings.
         elements: Number of elements that are measured in a step.
+        states: Sizes of the optimizer's states, as `measure_states` returns them; None if unknown.
 
     Returns:
         A dict that JSON can hold.
@@ -115,4 +154,5 @@ def describe_layer(parameter: Tensor, sampling: LayerSampling, elements: int) ->
         "elements": elements,
         "formats": sampling.formats,
         "every_n_steps": sampling.every_n_steps,
+        "states": states,
     }

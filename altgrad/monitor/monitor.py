@@ -61,6 +61,7 @@ from altgrad.monitor.run_storage import count_classes, describe_storage
 from altgrad.monitor.scale_state import ScaleState
 from altgrad.monitor.schedule import StepSchedule
 from altgrad.monitor.start_weights import StartWeights
+from altgrad.monitor.state_sizes import find_owners, measure_states
 from altgrad.monitor.twin_layers import TwinLayers, count_most_sampled
 from altgrad.monitor.unjudged import leave_out_unjudged
 from altgrad.monitor.watch import Watch
@@ -330,18 +331,23 @@ class UpdateMonitor:
 
         `altgrad.report.RunFile` takes the header. Call this method after `attach`: the optimizers
         tell how the run itself is stored, which the header has under ``now``, and of which classes
-        they are, under ``optimizers``. Before, these are None and empty.
+        they are, under ``optimizers``. Before, these are None and empty. The ``states`` of a layer
+        are None until the layer was observed in a step.
 
         Returns:
             A dict that JSON can hold.
         """
         # A layer that was observed may be frozen at the moment, as in an alternating GAN.
         described = {*self.parameters, *self._last_seen}
+        owners = find_owners(self._observer.optimizers)
         layers = {
             name: describe_layer(
                 parameter,
                 self._settings.get(name),
                 self._settings.count_measured(name, parameter.shape),
+                measure_states(
+                    owners.get(parameter), parameter, has_stepped=name in self._last_seen
+                ),
             )
             for name, parameter in self._observer.parameters.items()
             if name in described
@@ -843,7 +849,9 @@ class UpdateMonitor:
                 "scaling": self._formats.scaling,
                 "seed": self._settings.seed,
                 "overhead_budget": self._policy.overhead_budget,
-                "recipes": {each.name: describe_recipe(each) for each in self.recipes},
+                "recipes": {
+                    each.name: describe_recipe(each, self.scaling) for each in self.recipes
+                },
             },
             "state": {
                 "scales": self._scale_state.description(),

@@ -26,6 +26,7 @@ from altgrad.report import (
     Assessment,
     Header,
     Judge,
+    LayerInfo,
     RunFile,
     RunFileError,
     StandardErrors,
@@ -89,7 +90,7 @@ class Output:
         self._loggers = [*loggers]
         runs = boards.describe_runs(self._loggers)
         self._header = Header.from_json({**describe_run(), "loggers": runs})
-        self._known = {*self._header.layers}
+        self._known = _list_described(self._header.layers)
         self._latest: dict[str, Figures] = {}  # of each layer, from its last observed step
         self._written = 0  # number of records
         self._history = History()
@@ -195,9 +196,10 @@ class Output:
         self._charts, self._judge, self._last_step = charts, judge, last_step
 
     def _add_new_layers(self, record: StepRecord) -> None:
-        """Add layers that are measured for the first time, such as layers just unfrozen.
+        """Describe layers that are measured for the first time, such as layers just unfrozen.
 
-        They are added to the verdicts and to the run file.
+        They are added to the verdicts and to the run file. A layer's first step also creates its
+        optimizer states, whose sizes a header does not have that was made before.
         """
         if record.layers.keys() <= self._known:
             return
@@ -345,6 +347,11 @@ class Output:
             self._warn(f"goes on without {destination}, which failed: {error!r}")
             return False
         return True
+
+
+def _list_described(layers: Mapping[str, LayerInfo]) -> set[str]:
+    """Return the names of the layers whose optimizer states are described, too."""
+    return {name for name, layer in layers.items() if layer.states is not None}
 
 
 def explain_skipped(skipped: Mapping[SkipReason, int], *, have_moved: bool) -> str:

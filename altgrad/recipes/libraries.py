@@ -18,8 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from altgrad.recipes.libraries_8bit import BNB_STATES, TORCHAO_STATES, read_bnb, read_torchao
+from altgrad.recipes.libraries_8bit import (
+    BNB_STATES,
+    TORCHAO_FP8_STATES,
+    TORCHAO_STATES,
+    read_bnb,
+    read_torchao,
+)
 from altgrad.recipes.optimizer_maker import CannotMakeError, OptimizerFactory, OptimizerMaker
+from altgrad.recipes.packed_states import PackedStates
 from altgrad.recipes.recipe import Recipe
 
 
@@ -226,10 +233,8 @@ _PACKED_BYTES = 2 * (1 + 4 / 256)
 """Bytes per weight of two moments in 8 bits, with a scale in float32 for 256 of them."""
 
 
-def _pack_torchao(make: OptimizerFactory) -> OptimizerMaker:
-    return OptimizerMaker(
-        make, _PACKED_BYTES, compiles=True, read=read_torchao, packed=TORCHAO_STATES
-    )
+def _pack_torchao(make: OptimizerFactory, packed: PackedStates) -> OptimizerMaker:
+    return OptimizerMaker(make, _PACKED_BYTES, compiles=True, read=read_torchao, packed=packed)
 
 
 LIBRARY_RECIPES: Mapping[str, Recipe] = {
@@ -240,13 +245,15 @@ LIBRARY_RECIPES: Mapping[str, Recipe] = {
             dtype=torch.bfloat16,
             optimizer=OptimizerMaker(make_torchao_sr, state_bytes=4, compiles=True),
         ),
-        Recipe("torchao-8bit", optimizer=_pack_torchao(make_torchao_8bit)),
-        Recipe("torchao-fp8", optimizer=_pack_torchao(make_torchao_fp8)),
+        Recipe("torchao-8bit", optimizer=_pack_torchao(make_torchao_8bit, TORCHAO_STATES)),
+        Recipe("torchao-fp8", optimizer=_pack_torchao(make_torchao_fp8, TORCHAO_FP8_STATES)),
         Recipe(
             "optimi-kahan",
             dtype=torch.bfloat16,
             # exp_avg, exp_avg_sq and the rounding error, in bf16
-            optimizer=OptimizerMaker(make_optimi_kahan, state_bytes=6, read=read_optimi),
+            optimizer=OptimizerMaker(
+                make_optimi_kahan, state_bytes=6, compensation_bytes=2, read=read_optimi
+            ),
         ),
         Recipe(
             "bnb-8bit",

@@ -9,6 +9,7 @@ Read `recipe` first; `libraries` comes next.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -90,8 +91,10 @@ def read_torchao(state: Mapping[str, Any], _: Mapping[str, Any]) -> Mapping[str,
     }
 
 
-TORCHAO_STATES = PackedStates(take_torchao_apart, put_torchao_together, only_whole=True)
-"""The states of torchao's AdamW8bit and AdamWFp8: torchao/optim/adam.py, _new_buffer."""
+TORCHAO_FP8_STATES = PackedStates(take_torchao_apart, put_torchao_together, only_whole=True)
+"""The states of torchao's AdamWFp8: torchao/optim/adam.py, _new_buffer."""
+TORCHAO_STATES = replace(TORCHAO_FP8_STATES, table_bytes=4 * 256)
+"""The states of torchao's AdamW8bit, each with the 256 values of the codes in float32."""
 
 # --- bitsandbytes: bitsandbytes/optim/optimizer.py, Optimizer2State
 

@@ -48,7 +48,9 @@ class OptimizerMaker:
         make: The function. It takes parameters, and the training's parameter group without
             ``"params"``.
         state_bytes: Number of bytes that the optimizer keeps for each weight, beside the weight.
-            None for two states of the size of the weight, as Adam has.
+            None if unknown: the memory in a report is then unknown, too, and
+            `Recipe.bytes_per_parameter` counts two states of the size of the weight, as Adam has.
+        compensation_bytes: How many of `state_bytes` are the rounding error of the weight.
         compiles: True if the optimizer compiles its step when it first gets parameters of a shape,
             which takes seconds. It then makes a step on copies before the first step of the
             training, so that no step of the training waits for a compiler.
@@ -60,7 +62,7 @@ class OptimizerMaker:
 
     Raises:
         TypeError: An attribute has the wrong type.
-        ValueError: `state_bytes` is below 0.
+        ValueError: `state_bytes` is below 0, or `compensation_bytes` is not a part of it.
     """
 
     make: OptimizerFactory
@@ -68,6 +70,7 @@ class OptimizerMaker:
     compiles: bool = False
     read: StateReader | None = None
     packed: PackedStates | None = None
+    compensation_bytes: float = 0
 
     def __post_init__(self) -> None:
         if not callable(self.make):
@@ -85,6 +88,11 @@ class OptimizerMaker:
         check_type("compiles", self.compiles, bool)
         if self.state_bytes is not None and not self.state_bytes >= 0:
             raise ValueError(f"state_bytes={self.state_bytes!r}: expected 0 or more bytes, or None")
+        if not 0 <= self.compensation_bytes <= (self.state_bytes or 0):
+            raise ValueError(
+                f"compensation_bytes={self.compensation_bytes!r}: expected a part of state_bytes="
+                f"{self.state_bytes!r}"
+            )
 
     def __call__(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> Optimizer:
         """Call `make` with parameters and their parameter group, and return the optimizer."""

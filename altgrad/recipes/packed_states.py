@@ -47,10 +47,12 @@ class PackedStates:
         block: Number of neighbours in the flattened parameter that share a scale, a power of two.
         least: Fewest elements of a parameter whose states are packed, at least 128.
         only_whole: True if parameters are packed only if they consist of whole blocks.
+        states: Number of states of a parameter, 2 for the two moments of Adam.
+        table_bytes: Number of bytes of a table of values that each packed state has of its own.
 
     Raises:
         TypeError: An attribute has the wrong type.
-        ValueError: `block` or `least` is out of range.
+        ValueError: A number is out of range.
     """
 
     take_apart: Callable[[Mapping[str, Any]], StateParts]
@@ -58,6 +60,8 @@ class PackedStates:
     block: int = 256
     least: int = 4096
     only_whole: bool = False
+    states: int = 2
+    table_bytes: int = 0
 
     def __post_init__(self) -> None:
         for name in ("take_apart", "put_together"):
@@ -65,6 +69,8 @@ class PackedStates:
                 raise TypeError(f"{name}={getattr(self, name)!r}: expected a function")
         check_int("block", self.block, 2)
         check_int("least", self.least, 128)
+        check_int("states", self.states, 1)
+        check_int("table_bytes", self.table_bytes, 0)
         check_type("only_whole", self.only_whole, bool)
         if self.block & (self.block - 1):
             raise ValueError(f"block={self.block}: expected a power of two, such as 256")

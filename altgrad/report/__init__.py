@@ -10,14 +10,16 @@ Read it in this order:
 3. `run_report` combines a run with its verdicts, and `ranking` orders its layers. `drawings`, on
    figures of `canvas`, draws its pictures, and `applying` writes Python code that applies its
    suggestions. `next_lines` proposes the lines to train with next: those of `library_lines`, with
-   the optimizers of `optimizer_lines`, and those of `simulation_lines`.
+   the optimizers of `optimizer_lines`, and those of `simulation_lines`. `memory` computes what each
+   recipe takes, and `planning` chooses a recipe for each layer within a budget; `memory_table`,
+   `plan_table` and `plan_code` show both.
 4. `terminal`, which prints `terminal_runs`, `layer_table` and `terminal_next`, `web_page`,
    `markdown` and `exports` show the report; `answers`, `cells`, `names` and `printing` hold what
    they share.
 5. `comparison` compares two runs, and `comparison_table` shows it. If one of them predicted how the
    other is stored, which `matching` finds out, `confirmation` sets the prediction beside what
    happened; `confirmation_table` and `confirmation_drawing` show it.
-6. `commands` is the command line.
+6. `commands` and `plan_command` are the command line.
 """
 
 from typing import TYPE_CHECKING
@@ -53,7 +55,17 @@ if TYPE_CHECKING:
     from altgrad.report.judging.summaries import write_nonfinite, write_sentence
     from altgrad.report.judging.verdicts import Advice, Assessment, RunAdvice, Verdict
     from altgrad.report.markdown import write_comment, write_verdicts
+    from altgrad.report.memory import (
+        Bytes,
+        Memory,
+        describe_saved,
+        format_saved,
+        measure_memory,
+    )
+    from altgrad.report.memory_table import print_memory
     from altgrad.report.next_lines import NextLine, list_next_lines
+    from altgrad.report.plan_code import write_plan_code
+    from altgrad.report.planning import Option, Plan, PlanError, Planned, make_plan
     from altgrad.report.ranking import list_lost, rank_layers
     from altgrad.report.records.fields import SCHEMA
     from altgrad.report.records.reading import read
@@ -78,6 +90,7 @@ __all__ = [
     "STEP_BY_STEP",
     "Advice",
     "Assessment",
+    "Bytes",
     "Comparison",
     "Confirmation",
     "ConfirmedLayer",
@@ -87,8 +100,13 @@ __all__ = [
     "Judge",
     "LayerInfo",
     "Meaning",
+    "Memory",
     "NextLine",
+    "Option",
     "Pair",
+    "Plan",
+    "PlanError",
+    "Planned",
     "Predecessor",
     "RecipeInfo",
     "Row",
@@ -103,8 +121,10 @@ __all__ = [
     "cell_text",
     "confirmation_page",
     "describe_frozen_now",
+    "describe_saved",
     "find_confirmation",
     "format_kept",
+    "format_saved",
     "has_intervals",
     "heat_map",
     "judge_run",
@@ -114,11 +134,14 @@ __all__ = [
     "list_lost",
     "list_next_lines",
     "list_rows",
+    "make_plan",
+    "measure_memory",
     "page",
     "png",
     "print_comparison",
     "print_confirmation",
     "print_first_screen",
+    "print_memory",
     "print_report",
     "ranges",
     "rank_layers",
@@ -128,6 +151,7 @@ __all__ = [
     "write_answer",
     "write_comment",
     "write_nonfinite",
+    "write_plan_code",
     "write_sentence",
     "write_verdicts",
 ]
@@ -150,6 +174,10 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
             "judging.judge": "Judge StandardErrors judge_run",
             "markdown": "write_comment write_verdicts",
             "next_lines": "NextLine list_next_lines",
+            "memory": "Bytes Memory describe_saved format_saved measure_memory",
+            "memory_table": "print_memory",
+            "plan_code": "write_plan_code",
+            "planning": "Option Plan PlanError Planned make_plan",
             "ranking": "list_lost rank_layers",
             "records.fields": "SCHEMA",
             "records.reading": "read",

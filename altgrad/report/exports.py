@@ -18,6 +18,7 @@ from altgrad.report.comparison import Comparison
 from altgrad.report.confirmation import MEANING, Confirmation, ConfirmedLayer
 from altgrad.report.judging.tallies import STEP_METRICS, TWIN_METRICS
 from altgrad.report.judging.verdicts import Advice, Assessment, Verdict
+from altgrad.report.memory_table import memory_as_json
 from altgrad.report.next_lines import list_next_lines
 from altgrad.report.records.kinds import number_as_json
 from altgrad.report.records.run import Row, Run
@@ -47,8 +48,8 @@ def as_json(report: RunReport) -> dict[str, Any]:
         The run, its summary and notes. Under ``runs`` the verdict on the run by recipe, ``now``
         for what the run itself loses. By recipe the number of layers with each verdict, and by
         layer and recipe the verdict with its figures. Under ``next_lines`` the lines of Python to
-        train with, and why. The recipes that the run tried on samples (twins), and their last
-        figures.
+        train with, and why, and under ``memory`` what each recipe takes. The recipes that the run
+        tried on samples (twins), and their last figures.
     """
     by_layer, suggestions = report.by_layer, report.assessment.suggestions
     return {
@@ -76,6 +77,7 @@ def as_json(report: RunReport) -> dict[str, Any]:
             for layer, advice in by_layer.items()
         },
         "to_apply": report.to_apply,
+        "memory": memory_as_json(report.run),
         "next_lines": [line._asdict() for line in list_next_lines(report)],
         "notes": report.notes,
         **_convert_twins(report.run),

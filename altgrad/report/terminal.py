@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from altgrad.report.cells import KEPT_MEANING
 from altgrad.report.layer_table import print_layers
+from altgrad.report.memory_table import print_memory
 from altgrad.report.printing import indent, print_line, print_meaning, print_text, style_text
 from altgrad.report.terminal_next import print_next
 from altgrad.report.terminal_runs import print_legends, print_runs
@@ -67,6 +68,7 @@ def print_report(report: RunReport, console: Console, most_layers: int | None = 
     print_layers(report, console, most_layers)
     _print_legend(report, console)
     print_legends(report, console)
+    print_memory(report, console)
     print_next(report, console, most=None)
     _print_notes(report, console)
 

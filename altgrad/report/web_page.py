@@ -30,6 +30,8 @@ from altgrad.report.confirmation_drawing import agreement
 from altgrad.report.judging.decimals import format_difference, format_figure, format_kept
 from altgrad.report.judging.summaries import write_nonfinite
 from altgrad.report.judging.verdicts import Assessment, Verdict
+from altgrad.report.memory import measure_memory
+from altgrad.report.memory_table import NOTE as MEMORY_NOTE, is_known, tabulate_memory, write_memory
 from altgrad.report.names import replace_unprintable_in_lines
 from altgrad.report.next_lines import NextLine, list_next_lines
 from altgrad.report.run_report import RunReport
@@ -56,6 +58,7 @@ def page(report: RunReport) -> str:
         ImportError: jinja2 or matplotlib is missing.
     """
     pictures = {name: svg(figure, name) for name, figure in report.pictures().items()}
+    memory = measure_memory(report.run)
     return (
         make_environment()
         .get_template("page.html")
@@ -73,6 +76,9 @@ def page(report: RunReport) -> str:
                 if all(each.verdict is Verdict.NOT_JUDGED for each in advice.values())
             },
             pictures=pictures,
+            memory=tabulate_memory(memory) if is_known(memory) else None,
+            memory_sentence=write_memory(report.run, memory) if memory else "",
+            memory_note=MEMORY_NOTE,
             captions={name: _CAPTIONS.get(name, _STALLS) for name in pictures},
             version=__version__,
         )

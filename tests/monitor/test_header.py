@@ -17,6 +17,7 @@ from altgrad.monitor.header import (
 )
 from altgrad.observation.rules import LayerSampling
 from altgrad.quantization.block_formats import get_formats
+from altgrad.recipes import get_recipes
 from altgrad.report import Header
 from tests.counting import instructions
 
@@ -60,7 +61,10 @@ def test_a_layer_is_described_by_its_parameter_and_its_sampling() -> None:
         "elements": 7,
         "formats": ("bf16", "e4m3fn"),
         "every_n_steps": 5,
+        "states": None,
     }
+    states = {"exp_avg": {"elements": 12, "bytes": 96}}
+    assert describe_layer(parameter, sampling, 7, states)["states"] == states
 
 
 def test_a_run_is_described_by_formats_scaling_and_layers_in_their_order() -> None:
@@ -96,7 +100,12 @@ def test_a_recipe_is_described_by_names(factory: Any, name: str) -> None:
         optimizer=factory,
         accumulate="bf16",
     )
-    described = describe_recipe(recipe)
+    described = describe_recipe(recipe, "channel")
+    assert described.pop("sizes") == {
+        "weights": {"bits": 16, "scaling": None},
+        "states": {"exp_avg_sq": {"bits": 8, "scaling": "channel"}},
+        "optimizer": {"state_bytes": None, "compensation_bytes": 0, "packed": None},
+    }
     assert described.pop("bytes_per_parameter") == pytest.approx(recipe.bytes_per_parameter)
     assert described == {
         "weights": "bf16",
@@ -107,6 +116,26 @@ def test_a_recipe_is_described_by_names(factory: Any, name: str) -> None:
         "optimizer": name,
         "fused": False,
         "accumulate": "bf16",
+    }
+
+
+def test_a_header_has_the_sizes_of_blocks_and_of_packed_states() -> None:
+    block, packed = get_recipes(["mxfp8", "torchao-8bit"])
+    assert describe_recipe(block, "tensor")["sizes"] == {
+        "weights": {"bits": 8, "scaling": ("block", 32)},
+        "states": {},
+        "optimizer": None,
+    }
+    assert describe_recipe(packed, None)["sizes"]["optimizer"] == {
+        "state_bytes": 2 + 8 / 256,
+        "compensation_bytes": 0,
+        "packed": {
+            "block": 256,
+            "least": 4096,
+            "only_whole": True,
+            "states": 2,
+            "table_bytes": 1024,
+        },
     }
 
 

@@ -23,6 +23,7 @@ PLAIN = {
     "fused": False,
     "accumulate": None,
     "bytes_per_parameter": None,
+    "sizes": None,
 }
 
 

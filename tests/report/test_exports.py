@@ -208,6 +208,7 @@ def test_json_of_a_run_with_twins_has_their_recipes_and_last_figures() -> None:
         "fused": False,
         "accumulate": None,
         "bytes_per_parameter": None,
+        "sizes": None,
     }
     assert value["twins"]["model"] == value["twins"]["layers"]["a"]
     found = value["twins"]["layers"]

@@ -112,6 +112,8 @@ FORMAT = Checked(
     _check_range,
 )
 
+STATE = Fields({"elements": Whole(0, LARGEST), "bytes": Whole(0, LARGEST)})
+
 LAYER = Checked(
     Fields(
         {
@@ -120,9 +122,33 @@ LAYER = Checked(
             "elements": Whole(0, LARGEST),
             "formats": Items(Text(), 0, _MOST_KEYS),
             "every_n_steps": Whole(1, LARGEST),
-        }
+        },
+        {"states": (Nullable(Table(STATE, _MOST_KEYS)), None)},
     ),
     _check_elements,
+)
+
+FORMAT_SIZE = Fields({"bits": Whole(1, 64), "scaling": GridScaling()})
+
+PACKED = Fields(
+    {name: Whole(1, LARGEST) for name in ("block", "least", "states")}
+    | {"only_whole": Flag(), "table_bytes": Whole(0, LARGEST)}
+)
+
+SIZES = Fields(
+    {
+        "weights": Nullable(FORMAT_SIZE),
+        "states": Table(FORMAT_SIZE, _MOST_KEYS),
+        "optimizer": Nullable(
+            Fields(
+                {
+                    "state_bytes": Figure(0, _MOST_COUNT),
+                    "compensation_bytes": Real(0, _MOST_COUNT),
+                    "packed": Nullable(PACKED),
+                }
+            )
+        ),
+    }
 )
 
 RECIPE = Fields(
@@ -136,7 +162,7 @@ RECIPE = Fields(
         "fused": Flag(),
         "bytes_per_parameter": Figure(0),
     },
-    {"accumulate": (Nullable(Text()), None)},
+    {"accumulate": (Nullable(Text()), None), "sizes": (Nullable(SIZES), None)},
 )
 
 LOGGER = Fields(

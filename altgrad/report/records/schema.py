@@ -9,7 +9,7 @@ The modules `lines` and `writing` come next.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -99,6 +99,19 @@ class FormatInfo:
         return cls(format.name, **describe_format(format, scaling))
 
 
+class StateSize(NamedTuple):
+    """The size of a state that the run's optimizer keeps of a layer.
+
+    Attributes:
+        elements: How many numbers it has that could be stored in another format; 0 for counters of
+            steps, tables and scales.
+        bytes: Its number of bytes, on all ranks together.
+    """
+
+    elements: int
+    bytes: int
+
+
 @dataclass(frozen=True)
 class LayerInfo:
     """An observed layer (one parameter tensor), as the header of a run file describes it.
@@ -109,6 +122,8 @@ class LayerInfo:
         elements: Maximum number of elements that are measured in a step.
         formats: Names of the formats that the layer is judged for.
         every_n_steps: Number of optimizer steps from one observed step to the next.
+        states: Sizes of the states that the run's optimizer keeps of the layer, by name; None if
+            unknown, as before the first observed step and in older files.
     """
 
     shape: tuple[int, ...]
@@ -116,6 +131,66 @@ class LayerInfo:
     elements: int
     formats: tuple[str, ...]
     every_n_steps: int = 1
+    states: Mapping[str, StateSize] | None = None
+
+
+class FormatSize(NamedTuple):
+    """The size of numbers in a format.
+
+    Attributes:
+        bits: Bits of one stored number.
+        scaling: Which numbers share a scale of 8 bits, as in `altgrad.measure`; None for no scale.
+    """
+
+    bits: int
+    scaling: Scaling | None
+
+
+class PackedSize(NamedTuple):
+    """The layers whose states an optimizer packs, as `altgrad.recipes.PackedStates` has them.
+
+    Attributes:
+        block: Number of neighbouring elements that share a scale.
+        least: Fewest elements of a layer whose states are packed.
+        states: Number of states of a layer.
+        only_whole: True if layers are packed only if they consist of whole blocks.
+        table_bytes: Bytes of a table that each packed state has of its own.
+    """
+
+    block: int
+    least: int
+    states: int
+    only_whole: bool
+    table_bytes: int
+
+
+class OptimizerSize(NamedTuple):
+    """The bytes that the optimizer of a recipe keeps for each weight, beside the weight.
+
+    Attributes:
+        state_bytes: The bytes; NaN if unknown. If states are packed, those of a packed layer.
+        compensation_bytes: How many of these are the rounding error of the weight.
+        packed: The layers whose states are packed; None if none is.
+    """
+
+    state_bytes: float
+    compensation_bytes: float
+    packed: PackedSize | None
+
+
+class RecipeSizes(NamedTuple):
+    """The sizes from which the memory of a layer follows that is stored as a recipe says.
+
+    Attributes:
+        weights: Size of the format of the weights; None if they have the recipe's dtype.
+        states: Sizes of the formats of states, by name, ``"*"`` for all others; states without a
+            format have the recipe's dtype.
+        optimizer: What the recipe's own optimizer keeps; None for the run's class of optimizer.
+    """
+
+    weights: FormatSize | None
+    states: Mapping[str, FormatSize]
+    optimizer: OptimizerSize | None
 
 
 @dataclass(frozen=True)
@@ -140,6 +215,8 @@ class RecipeInfo:
         bytes_per_parameter: Bytes of weights and states for each parameter; NaN if unknown.
         accumulate: Name of the format in which gradients are added up over several backward passes;
             None for the sum that the run itself had.
+        sizes: Bits, scales and bytes from which the memory of a layer follows; None if unknown, as
+            in older files and for the run itself.
     """
 
     name: str
@@ -152,6 +229,7 @@ class RecipeInfo:
     fused: bool
     bytes_per_parameter: float
     accumulate: str | None = None
+    sizes: RecipeSizes | None = None
 
 
 @dataclass(frozen=True)
@@ -189,13 +267,19 @@ class Header:
         """Return True if both headers have equal formats, scaling, layers, recipes and storage.
 
         Figures of the two runs then mean the same, and can stand in one file. Where a header does
-        not say how the run is stored, as in older files, that makes no difference.
+        not say how the run is stored, as in older files, that makes no difference. Neither do the
+        sizes of optimizer states, which are unknown before the first step.
         """
-        mine, others = self.as_json(), other.as_json()
+        mine, others = self._describe(), other._describe()
         keys = ["formats", "scaling", "layers", "recipes"]
         if None not in (self.now, other.now):
             keys.append("now")
         return all(mine[key] == others[key] for key in keys)
+
+    def _describe(self) -> dict[str, Any]:
+        """Return the header as JSON values, without the sizes of optimizer states."""
+        layers = {name: replace(each, states=None) for name, each in self.layers.items()}
+        return replace(self, layers=layers).as_json()
 
     def as_json(self) -> dict[str, Any]:
         """Return the header as JSON values, in the order of the first line of a run file."""
@@ -235,30 +319,68 @@ class Header:
                 "layers": make_layers(known["layers"]),
                 "predecessor": before and Predecessor(**before),
                 "recipes": {
-                    name: RecipeInfo(name, **each) for name, each in known["recipes"].items()
+                    name: _make_recipe(name, each) for name, each in known["recipes"].items()
                 },
-                "now": now and RecipeInfo(NOW, **now),
+                "now": now and _make_recipe(NOW, now),
             }
         )
 
 
+def _make_recipe(name: str, known: Mapping[str, Any]) -> RecipeInfo:
+    """Return the description of a recipe from its parsed JSON object."""
+    sizes = known["sizes"]
+    return RecipeInfo(name, **{**known, "sizes": sizes and _make_sizes(**sizes)})
+
+
+def _make_sizes(
+    weights: Mapping[str, Any] | None,
+    states: Mapping[str, Mapping[str, Any]],
+    optimizer: Mapping[str, Any] | None,
+) -> RecipeSizes:
+    packed = optimizer and optimizer["packed"]
+    return RecipeSizes(
+        weights and FormatSize(**weights),  # type: ignore[arg-type]  # no mapping is empty
+        {name: FormatSize(**each) for name, each in states.items()},
+        optimizer and OptimizerSize(**{**optimizer, "packed": packed and PackedSize(**packed)}),  # type: ignore[arg-type]
+    )
+
+
 def make_layers(known: Mapping[str, Mapping[str, Any]]) -> dict[str, LayerInfo]:
     """Return a `LayerInfo` for each layer, by name, from the parsed JSON object of each layer."""
-    return {name: LayerInfo(**each) for name, each in known.items()}
+    return {name: _make_layer(each) for name, each in known.items()}
+
+
+def _make_layer(known: Mapping[str, Any]) -> LayerInfo:
+    states: Mapping[str, Any] | None = known["states"]
+    sizes = None if states is None else {name: StateSize(**each) for name, each in states.items()}
+    return LayerInfo(**{**known, "states": sizes})
 
 
 def layers_as_json(layers: Mapping[str, LayerInfo]) -> dict[str, Any]:
     """Return the descriptions of layers as JSON objects, by name of the layer."""
     return {
-        name: asdict(each) | {"shape": [*each.shape], "formats": [*each.formats]}
+        name: asdict(each)
+        | {"shape": [*each.shape], "formats": [*each.formats]}
+        | {"states": _states_as_json(each.states)}
         for name, each in layers.items()
     }
 
 
+def _states_as_json(states: Mapping[str, StateSize] | None) -> dict[str, Any] | None:
+    return None if states is None else {name: each._asdict() for name, each in states.items()}
+
+
 def info_as_json(info: FormatInfo | RecipeInfo) -> dict[str, Any]:
     """Return the description of a format or recipe as a JSON object, without its name."""
-    fields = {name: value for name, value in asdict(info).items() if name != "name"}
-    return {
-        name: number_as_json(value) if isinstance(value, float) else value
-        for name, value in fields.items()
-    }
+    return {name: _value_as_json(each) for name, each in asdict(info).items() if name != "name"}
+
+
+def _value_as_json(value: Any) -> Any:
+    """Return a field of a description as a JSON value; named tuples become objects."""
+    if isinstance(value, float):
+        return number_as_json(value)
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {key: _value_as_json(each) for key, each in value.items()}
+    return [*value] if isinstance(value, tuple) else value

@@ -17,6 +17,13 @@ from altgrad.report import (
     RecipeInfo,
     read,
 )
+from altgrad.report.records.schema import (
+    FormatSize,
+    OptimizerSize,
+    PackedSize,
+    RecipeSizes,
+    StateSize,
+)
 from tests.report.records.recording import written
 
 
@@ -38,7 +45,9 @@ HEADER = Header(
     {"mine": FormatInfo("mine", 6, 60.0, 2.0**-4, 0.25, 0.25, scaled=True)},
     {
         "once": LayerInfo((3, 4), "float32", 12, ("mine",)),
-        "seldom": LayerInfo((), "bfloat16", 1, (), every_n_steps=7),
+        "seldom": LayerInfo(
+            *((), "bfloat16", 1, (), 7), {"step": StateSize(0, 4), "exp_avg": StateSize(1, 2)}
+        ),
     },
     ("block", 32),
     {"torch": "2.6"},
@@ -50,6 +59,11 @@ HEADER = Header(
         "mine": RecipeInfo(
             *("mine", None, "nearest_even", "kahan", {"*": "e5m2"}, "bfloat16", "my.Lion", True),
             bytes_per_parameter=4.125,
+            sizes=RecipeSizes(
+                FormatSize(8, ("block", 32)),
+                {"*": FormatSize(8, "tensor"), "v": FormatSize(16, None)},
+                OptimizerSize(2.03, 0.5, PackedSize(256, 4096, 2, only_whole=True, table_bytes=9)),
+            ),
         ),
     },
     RecipeInfo(
@@ -85,6 +99,13 @@ def test_an_unknown_number_of_bytes_is_null() -> None:
         ({"scaling": None}, False),
         ({"layers": {"once": HEADER.layers["once"]}}, False),
         ({"layers": HEADER.layers | {"once": replace(HEADER.layers["once"], elements=4)}}, False),
+        # Sizes of optimizer states are known only after a step.
+        (
+            {
+                "layers": HEADER.layers | {"seldom": replace(HEADER.layers["seldom"], states=None)},
+            },
+            True,
+        ),
         ({"recipes": {}}, False),
         ({"recipes": {"mine": replace(HEADER.recipes["mine"], fused=False)}}, False),
         ({"now": None}, True),  # as in files that do not say it
