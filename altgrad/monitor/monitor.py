@@ -610,6 +610,7 @@ class UpdateMonitor:
             index: Number of steps of the optimizer since it was attached, before this one.
         """
         optimizer = self._observer.asking  # the observer passes the index of the step alone
+        self._bypasses.note_coming(optimizer)
         if not self._decide(optimizer, index):
             return False
         self._check_sharding(optimizer)
