@@ -74,7 +74,7 @@ class _Look:
 
 @dataclass
 class _Idling:
-    """What is known of an optimizer whose steps may move nothing.
+    """An account of an optimizer whose steps may move nothing.
 
     Attributes:
         is_idle: True if no observed step has moved a weight.

@@ -65,7 +65,6 @@ from altgrad.monitor.twin_layers import TwinLayers, count_most_sampled
 from altgrad.monitor.unjudged import leave_out_unjudged
 from altgrad.monitor.watch import Watch
 from altgrad.observation import SkipReason, StepObserver, StepOutcome
-from altgrad.observation.bypass_reason import is_stepped_in_backward
 from altgrad.observation.dtensor import is_sharded
 from altgrad.observation.parameter_names import ParameterRegistry
 from altgrad.observation.rules import TWIN_ELEMENTS, LayerSampling, SamplingRule
@@ -656,6 +655,7 @@ class UpdateMonitor:
             if steps.has(optimizer) and not has_gradients(optimizer):
                 return False
             steps.leave(optimizer)
+            self._end_backward_step()
             return self._is_affordable(optimizer, index)
         if is_accumulating(optimizer):
             return False
@@ -665,19 +665,18 @@ class UpdateMonitor:
                 self._end_backward_step()
                 steps.begin(optimizer)
                 steps.is_observed = self._is_affordable(steps.leader or optimizer, steps.index)
-                steps.expected = self._find_in_backward() if steps.is_observed else ()
+                steps.expect(self._find_expected() if steps.is_observed else {})
             steps.join(optimizer, layers)
         return steps.is_observed
 
-    def _find_in_backward(self) -> list[str]:
-        """Return the names of the layers that are due and may be stepped in a backward pass."""
-        return [
-            name
-            for name, parameter in self._watch.find_stepped(self._observer.optimizers).items()
-            if parameter.requires_grad
-            and is_stepped_in_backward(parameter)
-            and self._should_copy(name, self._backward.index)
-        ]
+    def _find_expected(self) -> dict[str, Tensor]:
+        """Return the layers that are due and may get a gradient, by name."""
+        stepped = self._watch.find_stepped(self._observer.optimizers)
+        return {
+            name: parameter
+            for name, parameter in stepped.items()
+            if parameter.requires_grad and self._should_copy(name, self._backward.index)
+        }
 
     def _is_affordable(self, optimizer: Optimizer, index: int) -> bool:
         """Return True if the schedule includes a step, and the overhead budget allows it."""
@@ -729,6 +728,7 @@ class UpdateMonitor:
             if is_part:
                 steps.add(record)
             else:
+                steps.note_outside(record)
                 self._show(optimizer, record)
         if not is_part:
             self._policy.mark_end(optimizer, index)

@@ -138,9 +138,10 @@ def check_observable(
     if not stepped:
         raise ValueError(
             f"{kind} steps none of the observed parameters: expected an optimizer of the observed "
-            "module. Optimizers that keep copies of the parameters cannot be observed, as those of "
-            "DeepSpeed ZeRO, FSDP1 with flat parameters and apex do. With fully_shard, pass the "
-            "module and not its named_parameters(), which change after an evaluation"
+            "module. Optimizers that step copies of the parameters cannot be observed, as those of "
+            "DeepSpeed ZeRO, FSDP1 with flat parameters and apex: train with fully_shard or DDP. "
+            "With fully_shard, pass the module and not its named_parameters(), which change after "
+            "an evaluation"
         )
     # A GradScaler passes itself to a `step` with this argument. torch has deprecated that, and sets
     # the attribute `grad_scale` instead: torch/amp/grad_scaler.py, `has_grad_scaler_kwarg`.

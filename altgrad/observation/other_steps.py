@@ -180,7 +180,7 @@ def _divide(
 
     # The compiler calls this function itself, and its result is a constant in the compiled code:
     # https://docs.pytorch.org/docs/stable/generated/torch.compiler.assume_constant_result.html
-    @torch.compiler.assume_constant_result  # type: ignore[no-untyped-call]
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def note(identity: int) -> None:
         with suppress(Exception):
             # The compiler passes constants alone. The optimizer is found by a search of 0.1 s.

@@ -293,7 +293,9 @@ def count_backward_passes() -> int:
     numbers: list[int | None] = []
     with torch.inference_mode(mode=False), torch.enable_grad():
         leaf = torch.zeros((), device="cpu", requires_grad=True)
-        leaf.register_hook(lambda _: numbers.append(find_backward_pass()))
+        leaf.register_hook(  # type: ignore[no-untyped-call]
+            lambda _: numbers.append(find_backward_pass())
+        )
         leaf.clone().backward()  # type: ignore[no-untyped-call]
     _OWN_PASSES[0] += 1
     return 0 if numbers[0] is None else numbers[0] + 1 - _OWN_PASSES[0]
