@@ -494,15 +494,20 @@ class UpdateMonitor:
             raise error
         self._notices.give(f"had an error in the last step that it observed: {error!r}")
 
-    def warn_about_bypasses(self) -> None:
+    def warn_about_bypasses(self) -> bool:
         """Warn once of layers that moved although their optimizer called no hook.
 
         A call reads a few weights of each layer if its optimizer has made a step since the last
         reading, at first in `attach`. Otherwise it compares them with that reading. `detach` warns
         in the same way. Ranks do not wait for each other.
+
+        Returns:
+            True if there are such layers.
         """
-        for notice in self._describe_bypasses():
+        notices = self._describe_bypasses()
+        for notice in notices:
             self._warn(notice)
+        return bool(notices)
 
     def describe_unseen(self) -> list[str]:
         """Describe layers that have moved since `attach`, and were part of no observed step.
