@@ -17,9 +17,9 @@ TRAINING = """
 import json, sys, deepspeed, torch
 from altgrad import UpdateMonitor
 
-stage, is_first, port = json.loads(sys.argv[1])
+stage, is_first = json.loads(sys.argv[1])
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # which would compile C++
-deepspeed.init_distributed("gloo", auto_mpi_discovery=False, distributed_port=port)
+deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
 model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
 optimizer = torch.optim.AdamW(model.parameters())
 records, told, moves = [], [], []
@@ -58,11 +58,12 @@ def train(stage: int, *, is_first: bool) -> Any:
     """Return the notices, the sizes of the observed updates and the true ones of a training."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    argument = json.dumps([stage, is_first, port])
-    environment = {"DS_ACCELERATOR": "cpu", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    argument = json.dumps([stage, is_first])
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment |= {"DS_ACCELERATOR": "cpu", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     run = subprocess.run(
         [sys.executable, "-c", TRAINING, argument],
-        env={**os.environ, **environment, "MASTER_ADDR": "127.0.0.1"},
+        env={**os.environ, **environment},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
