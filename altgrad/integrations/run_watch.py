@@ -177,7 +177,7 @@ class RunWatch:
         strict: bool = False,
         **arguments: Any,
     ) -> None:
-        self._folder = Path(folder)
+        self._folder = Path(folder).absolute()  # the current folder may change
         self._policy = StepPolicy(every_n_steps, overhead_budget=None)
         self._find_loggers = find_loggers
         self._find_step = find_step
@@ -263,7 +263,12 @@ class RunWatch:
                 f"state={sorted(state)}: expected the entries of RunWatch.state_dict(), of which "
                 f"{missing} are missing; leave out the state to begin anew"
             )
-        first_step, monitor = int(state["steps"]), self._make_monitor()
+        first_step, monitor = state["steps"], self._make_monitor()
+        if not isinstance(first_step, int) or isinstance(first_step, bool) or first_step < 0:
+            raise ValueError(
+                f"state['steps']={first_step!r}: expected an int of at least 0; leave out the state"
+                " to begin anew"
+            )
         monitor.load_state_dict(state["monitor"])  # raises errors before anything has changed
         optimizers = self._find_optimizers()
         self._detach()
@@ -469,6 +474,8 @@ class RunWatch:
         unseen = self.monitor.describe_unseen()
         if not self._numbers.has_begun or self._has_record:
             return unseen
+        if self.monitor.warn_about_bypasses():  # the reason, of which no observed step follows
+            return []
         notice = f"observed no step: {self._explain_no_step(have_moved=bool(unseen))}"
         # If no step was due, the other notices would name all layers.
         return [notice, *(unseen if self.monitor.skipped else [])]

@@ -15,7 +15,7 @@ Read `schedule` first; `monitor` comes next, which shows a training step as one 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from weakref import WeakSet
 
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from altgrad.measurement.merging import merge_records
 from altgrad.measurement.step_record import StepRecord
+from altgrad.observation.bypass_reason import is_stepped_in_backward
 from altgrad.observation.step_hooks import find_backward_pass
 
 
@@ -37,14 +38,15 @@ class BackwardSteps:
         leader: The optimizer that stands for all, in what is kept for each optimizer; None before
             the first training step.
         is_observed: True if the training step is observed, as the owner has decided.
-        expected: Names of the layers with which the training step is complete; empty if unknown.
     """
 
     def __init__(self) -> None:
         self.index = -1
         self.leader: Optimizer | None = None
         self.is_observed = False
-        self.expected: Collection[str] = ()
+        self._expected: Collection[str] = ()  # with these layers it is complete; empty if unknown
+        self._inside: set[str] = set()  # layers that were stepped inside of a backward pass
+        self._outside: set[str] = set()  # layers that were stepped outside
         self._passes: dict[int, int] = {}  # by the `id` of each layer that was stepped
         self._optimizers: WeakSet[Optimizer] = WeakSet()  # that made these steps
         self._left: WeakSet[Optimizer] = WeakSet()  # of these, that stepped outside since
@@ -58,7 +60,21 @@ class BackwardSteps:
     def is_complete(self) -> bool:
         """True if all expected layers, of which there are some, have been observed."""
         observed = {name for each in self._records for name in each.layers}
-        return bool(self.expected) and observed.issuperset(self.expected)
+        return bool(self._expected) and observed.issuperset(self._expected)
+
+    def expect(self, layers: Mapping[str, Tensor]) -> None:
+        """Set with which layers the current training step is complete.
+
+        Hooks of nodes cannot be seen. As long as one of the layers may have such a hook, the end of
+        the training step is unknown, and the next one ends it.
+
+        Args:
+            layers: The layers that are due and need a gradient, by name.
+        """
+        inside = {
+            n for n, each in layers.items() if n in self._inside or is_stepped_in_backward(each)
+        }
+        self._expected = inside if layers.keys() <= inside | self._outside else ()
 
     def begins(self, optimizer: Optimizer, layers: Collection[int]) -> bool:
         """Return True if a new training step begins with the coming step of an optimizer.
@@ -104,8 +120,13 @@ class BackwardSteps:
         if optimizer in self._optimizers:
             self._left.add(optimizer)
 
+    def note_outside(self, record: StepRecord) -> None:
+        """Note the record of a step outside of a backward pass."""
+        self._outside.update(record.layers)
+
     def add(self, record: StepRecord) -> None:
         """Keep the record of an observed step, until `take_record` takes it."""
+        self._inside.update(record.layers)
         self._records.append(record)
 
     def take_record(self, names: Iterable[str], seconds: tuple[float, float]) -> StepRecord | None:

@@ -3,17 +3,17 @@
 There are four signs. Other optimizers of the process, which torch's global hooks show, step the
 layers. The attached optimizer no longer has the layers, as after sharding. Or a few weights of a
 layer have changed since an earlier look, and its optimizer has called its hooks for no step since.
-Or they have changed, gradients have hooks that may move weights, and the observed steps moved
-nothing. A look costs no more than an observed step. `monitor` looks in `attach` and `detach`, and
-on request.
+Or they have changed between observed steps that moved nothing. A look costs no more than an
+observed step. `monitor` looks in `attach` and `detach`, and on request.
 
 Read `altgrad.observation.bypass_reason` first; `monitor` comes next.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -35,7 +35,7 @@ from altgrad.observation.optimizers import is_flattened
 from altgrad.observation.other_steps import OtherSteps
 from altgrad.observation.parameter_names import ParameterRegistry
 from altgrad.observation.step import SkipReason
-from altgrad.observation.step_hooks import StepHooks
+from altgrad.observation.step_hooks import StepHooks, count_backward_passes
 from altgrad.observation.weight_sample import WeightSample
 
 
@@ -61,6 +61,7 @@ class _Look:
         sharded: Names of those layers that were sharded.
         counts: Number of steps of each attached optimizer until then, by its hooks.
         sample: A few weights of each layer.
+        passes: Number of backward passes of the process until then.
     """
 
     kind: str
@@ -68,6 +69,23 @@ class _Look:
     sharded: set[str]
     counts: Mapping[StepHooks[Any], int]
     sample: WeightSample
+    passes: int
+
+
+@dataclass
+class _Idling:
+    """An account of an optimizer whose steps may move nothing.
+
+    Attributes:
+        is_idle: True if no observed step has moved a weight.
+        after: A few weights of each layer from after the last step; None if it was not observed.
+            Layers that other attached optimizers step, too, are left out.
+        moves: For each layer, how often it moved between an observed step and the next one.
+    """
+
+    is_idle: bool = True
+    after: WeightSample | None = None
+    moves: Counter[str] = field(default_factory=Counter)
 
 
 class BypassDetector:
@@ -94,8 +112,7 @@ class BypassDetector:
         # The layers of each optimizer: when it was attached, and when it was last seen to step.
         self._first: WeakKeyDictionary[StepHooks[Any], _Look] = WeakKeyDictionary()
         self._last: WeakKeyDictionary[StepHooks[Any], _Look] = WeakKeyDictionary()
-        # The number of observed steps of an optimizer, and True if none of them moved a weight.
-        self._observed: WeakKeyDictionary[Optimizer, tuple[int, bool]] = WeakKeyDictionary()
+        self._idling: WeakKeyDictionary[Optimizer, _Idling] = WeakKeyDictionary()
 
     def begin(self, attached: Sequence[StepHooks[Any]]) -> None:
         """Copy a few weights of the layers of optimizers just attached, to compare them later.
@@ -107,7 +124,7 @@ class BypassDetector:
         if not any(hooks in self._first for hooks in attached):
             self._first.clear()
             self._last.clear()
-            self._observed.clear()
+            self._idling.clear()
             self._all = WeightSample(self._find_measured())
             self._others.start()
         for hooks in attached:
@@ -122,8 +139,24 @@ class BypassDetector:
             optimizer: The optimizer, which has just stepped.
             has_moved: True if the step moved a weight.
         """
-        steps, are_idle = self._observed.get(optimizer, (0, True))
-        self._observed[optimizer] = steps + 1, are_idle and not has_moved
+        idling = self._idling.setdefault(optimizer, _Idling())
+        idling.is_idle = idling.is_idle and not has_moved
+        if idling.is_idle:
+            alive = {hooks.optimizer for hooks in self._first} - {None, optimizer}
+            others = self._find_stepped([each for each in alive if each is not None])
+            layers = self._find_stepped([optimizer])
+            rest = {name: each for name, each in layers.items() if name not in others}
+            idling.after = WeightSample(rest)
+
+    def note_coming(self, optimizer: Optimizer) -> None:
+        """Note that an optimizer is about to step; call this function before each of its steps.
+
+        If its last step was observed and moved nothing, find the layers that have moved since.
+        """
+        idling = self._idling.get(optimizer)
+        if idling is not None and idling.after is not None:
+            idling.moves.update(idling.after.find_changed(self._find_stepped([optimizer])))
+            idling.after = None
 
     def end(self) -> None:
         """Stop listening to the steps of other optimizers."""
@@ -152,7 +185,7 @@ class BypassDetector:
         if not attached:
             return []
         found = [*self._find_lost(attached, parameters)]
-        found += self._find_other_steps(attached, parameters)
+        found += self._find_other_steps(attached)
         found += self._find_changed(attached, parameters)
         found += self._find_unattached(attached)
         found += _explain_changed(attached, {n: parameters[n] for n in changed if n in parameters})
@@ -165,18 +198,16 @@ class BypassDetector:
                 known.update(names)
         return rest
 
-    def _find_other_steps(
-        self, attached: Sequence[StepHooks[Any]], parameters: Mapping[str, Tensor]
-    ) -> Iterator[Bypass]:
+    def _find_other_steps(self, attached: Sequence[StepHooks[Any]]) -> Iterator[Bypass]:
         """Yield the layers that an optimizer has stepped which is not attached."""
         measured = self._find_measured()
         for kind, stepped in self._others.found.items():
             names = [name for name in measured if name in {*stepped}]
             owners = [x for x in attached if (f := self._first.get(x)) and {*f.names} & {*names}]
             if names:
-                layers = [parameters[name] for name in names]
                 ours = [(self._first[each].kind, each.optimizer) for each in owners]
-                yield Bypass(names, explain_other_steps(kind, layers, ours))
+                in_backward = kind in self._others.in_backward
+                yield Bypass(names, explain_other_steps(kind, ours, in_backward=in_backward))
 
     def _find_lost(
         self, attached: Sequence[StepHooks[Any]], parameters: Mapping[str, Tensor]
@@ -209,8 +240,8 @@ class BypassDetector:
         """Return layers that have changed, although no step of their optimizer called its hooks.
 
         A few weights of each layer are compared with copies of them. Of an optimizer that has
-        stepped since the copy, the weights are copied anew, and compared only if its observed steps
-        moved nothing.
+        stepped since the copy, the weights are copied anew. Its layers are returned only if its
+        observed steps moved nothing, and other code did.
         """
         found: list[Bypass] = []
         for hooks in attached:
@@ -219,29 +250,22 @@ class BypassDetector:
                 continue
             has_stepped = hooks.index != last.counts[hooks]
             if has_stepped and optimizer is not None:
-                found += self._find_moved_by_hooks(optimizer, last, parameters)
+                found += self._find_moved_between(optimizer, last.kind)
                 self._last[hooks] = self._look(hooks, optimizer, attached)
             else:
                 found += self._compare(hooks, last, attached, parameters)
         return found
 
-    def _find_moved_by_hooks(
-        self, optimizer: Optimizer, last: _Look, parameters: Mapping[str, Tensor]
-    ) -> list[Bypass]:
-        """Return layers that hooks of their gradients move, while `step` does nothing.
+    def _find_moved_between(self, optimizer: Optimizer, kind: str) -> list[Bypass]:
+        """Return layers that move between the steps of an optimizer, while `step` does nothing.
 
-        At least two steps must have been observed: a single one may have been rounded away.
+        They must have moved twice: once may be weights that were loaded.
         """
-        steps, are_idle = self._observed.get(optimizer, (0, False))
-        if steps < 2 or not are_idle:
+        idling = self._idling.get(optimizer)
+        if idling is None or not idling.is_idle:
             return []
-        known = {
-            name: parameters[name]
-            for name in last.names
-            if name in parameters and has_gradient_hooks(parameters[name])
-        }
-        moved = last.sample.find_changed(known)
-        return [Bypass(moved, explain_idle_steps(last.kind))] if moved else []
+        moved = [name for name, times in idling.moves.items() if times > 1]
+        return [Bypass(moved, explain_idle_steps(kind))] if moved else []
 
     def _find_unattached(self, attached: Sequence[StepHooks[Any]]) -> list[Bypass]:
         """Return layers that moved and belong to optimizers that are not observed."""
@@ -299,7 +323,9 @@ class BypassDetector:
         counts = {each: each.index for each in {*attached, hooks}}
         sharded = {name for name, each in layers.items() if is_sharded(each)}
         kind = type(optimizer).__name__
-        return _Look(kind, [*layers], sharded, counts, WeightSample(layers))
+        return _Look(
+            kind, [*layers], sharded, counts, WeightSample(layers), count_backward_passes()
+        )
 
     def _compare(
         self,
@@ -335,9 +361,13 @@ class BypassDetector:
     ) -> str | None:
         """Return the likely reason why layers of an optimizer moved without calls of its hooks."""
         optimizers = [each.optimizer for each in attached if each.optimizer is not None]
-        reason = find_bypass_reason(look.kind, hooks.optimizer, moved, optimizers)
+        has_backward = count_backward_passes() > look.passes
+        reason = find_bypass_reason(
+            look.kind, hooks.optimizer, moved, optimizers, has_backward=has_backward
+        )
         # Such hooks often change gradients only, so that they count where no step was ever seen.
-        if reason is None and not hooks.index and any(map(has_gradient_hooks, moved)):
+        has_hooks = has_backward and any(map(has_gradient_hooks, moved))
+        if reason is None and not hooks.index and has_hooks:
             return explain_steps_in_backward()
         return reason
 

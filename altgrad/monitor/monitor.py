@@ -66,7 +66,6 @@ from altgrad.monitor.twin_layers import TwinLayers, count_most_sampled
 from altgrad.monitor.unjudged import leave_out_unjudged
 from altgrad.monitor.watch import Watch
 from altgrad.observation import SkipReason, StepObserver, StepOutcome
-from altgrad.observation.bypass_reason import is_stepped_in_backward
 from altgrad.observation.dtensor import is_sharded
 from altgrad.observation.parameter_names import ParameterRegistry
 from altgrad.observation.rules import TWIN_ELEMENTS, LayerSampling, SamplingRule
@@ -503,15 +502,20 @@ class UpdateMonitor:
             raise error
         self._notices.give(f"had an error in the last step that it observed: {error!r}")
 
-    def warn_about_bypasses(self) -> None:
+    def warn_about_bypasses(self) -> bool:
         """Warn once of layers that moved although their optimizer called no hook.
 
         A call reads a few weights of each layer if its optimizer has made a step since the last
         reading, at first in `attach`. Otherwise it compares them with that reading. `detach` warns
         in the same way. Ranks do not wait for each other.
+
+        Returns:
+            True if there are such layers.
         """
-        for notice in self._describe_bypasses():
+        notices = self._describe_bypasses()
+        for notice in notices:
             self._warn(notice)
+        return bool(notices)
 
     def describe_unseen(self) -> list[str]:
         """Describe layers that have moved since `attach`, and were part of no observed step.
@@ -618,6 +622,7 @@ class UpdateMonitor:
             index: Number of steps of the optimizer since it was attached, before this one.
         """
         optimizer = self._observer.asking  # the observer passes the index of the step alone
+        self._bypasses.note_coming(optimizer)
         if not self._decide(optimizer, index):
             return False
         self._check_sharding(optimizer)
@@ -663,6 +668,7 @@ class UpdateMonitor:
             if steps.has(optimizer) and not has_gradients(optimizer):
                 return False
             steps.leave(optimizer)
+            self._end_backward_step()
             return self._is_affordable(optimizer, index)
         if is_accumulating(optimizer):
             return False
@@ -672,19 +678,18 @@ class UpdateMonitor:
                 self._end_backward_step()
                 steps.begin(optimizer)
                 steps.is_observed = self._is_affordable(steps.leader or optimizer, steps.index)
-                steps.expected = self._find_in_backward() if steps.is_observed else ()
+                steps.expect(self._find_expected() if steps.is_observed else {})
             steps.join(optimizer, layers)
         return steps.is_observed
 
-    def _find_in_backward(self) -> list[str]:
-        """Return the names of the layers that are due and may be stepped in a backward pass."""
-        return [
-            name
-            for name, parameter in self._watch.find_stepped(self._observer.optimizers).items()
-            if parameter.requires_grad
-            and is_stepped_in_backward(parameter)
-            and self._should_copy(name, self._backward.index)
-        ]
+    def _find_expected(self) -> dict[str, Tensor]:
+        """Return the layers that are due and may get a gradient, by name."""
+        stepped = self._watch.find_stepped(self._observer.optimizers)
+        return {
+            name: parameter
+            for name, parameter in stepped.items()
+            if parameter.requires_grad and self._should_copy(name, self._backward.index)
+        }
 
     def _is_affordable(self, optimizer: Optimizer, index: int) -> bool:
         """Return True if the schedule includes a step, and the overhead budget allows it."""
@@ -736,6 +741,7 @@ class UpdateMonitor:
             if is_part:
                 steps.add(record)
             else:
+                steps.note_outside(record)
                 self._show(optimizer, record)
         if not is_part:
             self._policy.mark_end(optimizer, index)

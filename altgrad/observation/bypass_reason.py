@@ -12,14 +12,19 @@ import gc
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
-from altgrad.observation.optimizers import USE_FSDP2, find_wrapped, is_flattened
+from altgrad.observation.optimizers import USE_FSDP2, calls_hooks, find_wrapped, is_flattened
 from altgrad.observation.step_hooks import was_hooked
 
 
 def find_bypass_reason(
-    kind: str, optimizer: Optimizer | None, moved: Sequence[Tensor], attached: Collection[Optimizer]
+    kind: str,
+    optimizer: Optimizer | None,
+    moved: Sequence[Tensor],
+    attached: Collection[Optimizer],
+    *,
+    has_backward: bool = True,
 ) -> str | None:
     """Return the likely reason why no step of an optimizer was seen, with the remedy.
 
@@ -30,6 +35,7 @@ def find_bypass_reason(
         optimizer: This optimizer; None once it has been garbage-collected.
         moved: The parameters whose weights changed.
         attached: All optimizers whose steps are observed.
+        has_backward: True if a backward pass may have run before the weights changed.
 
     Returns:
         The reason and the remedy, for a warning. None if nothing points to a reason, as after code
@@ -37,7 +43,7 @@ def find_bypass_reason(
     """
     if optimizer is not None and hasattr(optimizer, "first_step"):
         return _explain_two_steps(kind)
-    if any(map(is_stepped_in_backward, moved)):
+    if has_backward and any(map(is_stepped_in_backward, moved)):
         return explain_steps_in_backward()
     if found := find_other_optimizers(moved, attached):
         others = ", ".join(sorted({*found.values()}))
@@ -56,20 +62,20 @@ def find_bypass_reason(
 
 
 def explain_other_steps(
-    kind: str, stepped: Sequence[Tensor], attached: Sequence[tuple[str, Optimizer | None]]
+    kind: str, attached: Sequence[tuple[str, Optimizer | None]], *, in_backward: bool
 ) -> str:
     """Return why the steps of an optimizer that is not attached were not observed, and the remedy.
 
     Args:
         kind: Name of the class of this optimizer.
-        stepped: The parameters that it has stepped.
         attached: The attached optimizers that have some of the parameters, each with the name of
             its class; None in place of one that was garbage-collected.
+        in_backward: True if it has stepped inside a backward pass.
 
     Returns:
         The reason and the remedy, for a warning.
     """
-    if any(map(is_stepped_in_backward, stepped)):
+    if in_backward:
         return explain_steps_in_backward(kind)
     if not attached:
         return f"{kind} has these layers and is not attached; attach it"
@@ -119,15 +125,15 @@ def explain_steps_in_backward(kind: str = "an optimizer") -> str:
 
 
 def explain_idle_steps(kind: str) -> str:
-    """Return the reason and the remedy for layers that only hooks of their gradients move.
+    """Return the reason and the remedy for layers that move between steps which move nothing.
 
     Args:
         kind: Name of the class of the attached optimizer, whose observed steps moved nothing.
     """
     return (
-        f"step() of {kind} moved nothing in any observed step, and their gradients have hooks, "
-        "which step inside the backward pass; attach each optimizer that these hooks step; if there"
-        " is none, such steps cannot be observed"
+        f"step() of {kind} moved nothing in any observed step, and other code moves these weights "
+        "between the steps, such as hooks that step inside the backward pass; attach each optimizer"
+        " that steps there; if there is none, such steps cannot be observed"
     )
 
 
@@ -141,10 +147,12 @@ def _explain_two_steps(kind: str) -> str:
 def find_other_optimizers(
     parameters: Sequence[Tensor], attached: Collection[Optimizer]
 ) -> dict[int, str]:
-    """Find optimizers in this process that step some parameters and were never observed.
+    """Find optimizers in this process that call no hooks, and may have stepped some parameters.
 
-    Optimizers that have made no step yet, as their states tell, are not returned. Nor are those
-    that another monitor observes, or that were observed earlier: the user knows of them.
+    Their class skips the constructor of `Optimizer`. One with a state has stepped the parameters in
+    it, and one without may have stepped all. `OtherSteps` shows the steps of other optimizers: one
+    that it does not show is idle. Optimizers that another monitor observes, or that were observed
+    earlier, are left out: the user knows of them.
 
     Args:
         parameters: The parameters.
@@ -190,15 +198,14 @@ def _is_step_replaced(optimizer: Optimizer) -> bool:
 
 
 def _read_stepped(optimizer: Optimizer) -> set[int]:
-    """Return the `id` of each parameter that an optimizer may have stepped so far.
-
-    An optimizer without a state for a parameter has not stepped it: a loop may keep one that it no
-    longer uses. SGD keeps no state without momentum, and objects without a state are wrappers.
-    """
+    """Return the `id` of each parameter that an optimizer may have stepped without a hook."""
     try:
+        # The step of a wrapper is that of the optimizer inside, and has its hooks.
+        if any(map(calls_hooks, find_wrapped(optimizer))):
+            return set()
         parameters = [each for group in optimizer.param_groups for each in group["params"]]
         state = getattr(optimizer, "state", None)
-        if isinstance(state, Mapping) and not isinstance(optimizer, SGD):
+        if isinstance(state, Mapping):
             parameters = [each for each in parameters if each in state]
         return {id(each) for each in parameters}
     except Exception:  # noqa: BLE001 - an object whose constructor has not run may lack anything

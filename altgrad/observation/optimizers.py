@@ -52,7 +52,7 @@ def unwrap(optimizer: Any) -> Optimizer:
         ``accelerate/optimizer.py`` (AcceleratedOptimizer)
     """
     for inner in find_wrapped(optimizer):
-        if _calls_hooks(inner):
+        if calls_hooks(inner):
             return inner  # type: ignore[no-any-return]
         is_whole = _is_trainer_wrapper(inner) or _passes_step_on(inner)
         if isinstance(inner, Optimizer) and not is_whole:
@@ -85,7 +85,7 @@ def find_wrapped(optimizer: Any) -> Iterator[Any]:
         inner = getattr(inner, "optimizer", None)
 
 
-def _calls_hooks(optimizer: object) -> bool:
+def calls_hooks(optimizer: object) -> bool:
     """Return True if the constructor of Optimizer has run, so that `step` calls hooks."""
     # Private names of torch/optim/optimizer.py, since no public function tells either:
     # - _patch_step_function wraps `step` of the class, and marks the result with `hooked`.
@@ -138,9 +138,10 @@ def check_observable(
     if not stepped:
         raise ValueError(
             f"{kind} steps none of the observed parameters: expected an optimizer of the observed "
-            "module. Optimizers that keep copies of the parameters cannot be observed, as those of "
-            "DeepSpeed ZeRO, FSDP1 with flat parameters and apex do. With fully_shard, pass the "
-            "module and not its named_parameters(), which change after an evaluation"
+            "module. Optimizers that step copies of the parameters cannot be observed, as those of "
+            "DeepSpeed ZeRO, FSDP1 with flat parameters and apex: train with fully_shard or DDP. "
+            "With fully_shard, pass the module and not its named_parameters(), which change after "
+            "an evaluation"
         )
     # A GradScaler passes itself to a `step` with this argument. torch has deprecated that, and sets
     # the attribute `grad_scale` instead: torch/amp/grad_scaler.py, `has_grad_scaler_kwarg`.

@@ -39,6 +39,7 @@ _Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # args and kwarg
 _HOOKS: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[StepHooks[Any]]]
 _HOOKS = weakref.WeakKeyDictionary()
 _STEPS_ENDED = [0]  # in all of the process
+_OWN_PASSES = [0]  # backward passes of `count_backward_passes`
 
 
 def is_hooked(optimizer: Optimizer) -> bool:
@@ -282,6 +283,22 @@ def find_backward_pass() -> int | None:
     # torch has no public name for it: torch/utils/checkpoint.py uses it in the same way.
     number: int = torch._C._current_graph_task_id()  # noqa: SLF001
     return None if number < 0 else number
+
+
+def count_backward_passes() -> int:
+    """Return how many backward passes this process has run so far.
+
+    A call runs a pass of its own, of one number on the CPU, which is left out.
+    """
+    numbers: list[int | None] = []
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        leaf = torch.zeros((), device="cpu", requires_grad=True)
+        leaf.register_hook(  # type: ignore[no-untyped-call]
+            lambda _: numbers.append(find_backward_pass())
+        )
+        leaf.clone().backward()  # type: ignore[no-untyped-call]
+    _OWN_PASSES[0] += 1
+    return 0 if numbers[0] is None else numbers[0] + 1 - _OWN_PASSES[0]
 
 
 def find_stepping() -> Iterator[Optimizer]:

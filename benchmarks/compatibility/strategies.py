@@ -38,6 +38,7 @@ from tests.distributed.comparing import differences
 from tests.distributed.sharded import Net, WholeSteps, replayed
 from tests.integrations.trainings import train
 from tests.processes import Processes
+from tests.step_truth.lightning_modes import fit
 from tests.step_truth.modes import Run
 from tests.step_truth.recording import Journal, Step
 
@@ -162,6 +163,10 @@ def run_replicas(design: Any, folder: Path) -> Journal:
     return journal
 
 
+def run_lightning(design: Any, folder: Path) -> Journal:
+    return fit(devices=RANKS, strategy="ddp")(design, folder)
+
+
 def judge_silent(design: Watched, _: list[Step], notices: list[str]) -> Finding:
     """Judge a rank that is to observe nothing, as all under DDP but the first."""
     if design.seen or notices:
@@ -205,6 +210,7 @@ def list_rows() -> list[Row]:
         "DDP, `altgrad.watch`": run_replicas,
         "DDP, accelerate": partial(trainers.run_accelerate, is_first=False),
         "DDP, Fabric": partial(trainers.run_fabric, is_first=False),
+        "DDP, Trainer of Lightning": run_lightning,
         "DDP, Trainer of Hugging Face": partial(trainers.run_hugging_face, optim="adamw_torch"),
     }
     group = "Two processes"

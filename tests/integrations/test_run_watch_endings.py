@@ -1,11 +1,14 @@
 """The end of a watched run: no observed step, a step in backward, and warnings as errors."""
 
+import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import altgrad
 from altgrad.report import read
@@ -87,3 +90,55 @@ def test_a_run_is_closed_where_its_warnings_are_errors(tmp_path: Path) -> None:
     resumed.close()
     assert resumed.path == again.path
     altgrad.report.RunFile.resume(run.path, 0, again.monitor.run_header()).close()
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.*NO_SHARD:UserWarning")  # of one process, says torch
+@pytest.mark.filterwarnings("ignore:.*NO_SHARD:FutureWarning")
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("keeps_parameters", [True, False])
+@pytest.mark.parametrize("every", [1, 10])
+def test_a_module_that_is_wrapped_in_fsdp1_later_gives_one_true_warning(
+    every: int, keeps_parameters: bool, tmp_path: Path
+) -> None:
+    (model, optimizer), told = make_training(), []
+    run = altgrad.watch(model, optimizer, tmp_path, every_n_steps=every, warn=told.append)
+    wrapped = FullyShardedDataParallel(
+        model, device_id=torch.device("cpu"), use_orig_params=keeps_parameters
+    )
+    train(wrapped, optimizer, 3)
+    run.close()
+    (notice,) = told
+    assert "they were wrapped in FSDP1 after attach()" in notice
+
+
+def test_a_folder_stays_the_same_if_the_current_folder_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = make_training()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    run = altgrad.watch(model, optimizer, "run", formats=FORMAT, every_n_steps=1)
+    os.chdir(elsewhere)
+    train(model, optimizer, 2)
+    state = run.state_dict()
+    run.close()
+    assert state["output"]["run_file"] == str(tmp_path / "run" / "altgrad.jsonl")
+    assert read(tmp_path / "run").steps == (0, 1)
+    assert [*elsewhere.iterdir()] == []
+
+
+@pytest.mark.parametrize("steps", [None, -3, True, 1.5, "2"])
+def test_a_state_with_a_wrong_number_of_steps_is_refused(steps: object, tmp_path: Path) -> None:
+    model, optimizer = make_training()
+    run = altgrad.watch(model, optimizer, tmp_path, formats=FORMAT)
+    with pytest.raises(ValueError, match=r"state\['steps'\]=.*: expected an int of at least 0"):
+        run.load_state_dict(run.state_dict() | {"steps": steps})
+    run.close()

@@ -213,6 +213,39 @@ def test_hooks_of_other_kinds_make_one_record_per_training_step(way: Any) -> Non
     assert [(each.index, len(each.layers)) for each in records] == [(k, 8) for k in range(STEPS)]
 
 
+@pytest.mark.parametrize(
+    "with_node", [["0.weight"], ["4.bias"], ["0.bias", "3.weight", "4.weight"]]
+)
+def test_hooks_of_several_kinds_make_one_record_per_training_step(with_node: list[str]) -> None:
+    def mix(model: nn.Module) -> list[Optimizer]:
+        node = step_in_hooks_of_nodes(nn.ParameterDict(pick(model, with_node)))
+        return [*node, *step_each_parameter(nn.ParameterDict(pick(model, with_node, False)))]
+
+    records, monitor, _ = watch(mix, lambda model, _, step: backward(model, step))
+    assert [(each.index, len(each.layers)) for each in records] == [(k, 8) for k in range(STEPS)]
+    assert monitor.latest is records[-1]
+
+
+def pick(model: nn.Module, names: list[str], is_in: bool = True) -> dict[str, nn.Parameter]:
+    found = {name: each for name, each in model.named_parameters() if (name in names) == is_in}
+    return {name.replace(".", "_"): each for name, each in found.items()}
+
+
+def test_layers_that_are_stepped_afterwards_end_the_training_step_in_backward() -> None:
+    def split(model: nn.Module) -> list[Optimizer]:
+        return [*step_each_parameter(model[4]), SGD(model[:4].parameters(), lr=0.1)]
+
+    def loop(model: nn.Module, optimizers: Sequence[Optimizer], step: int) -> None:
+        backward(model, step)
+        optimizers[-1].step()
+        model.zero_grad()
+
+    records, _, _ = watch(split, loop)
+    assert [(r.index, len(r.layers)) for r in records] == [
+        (k, n) for k in range(STEPS) for n in (2, 6)
+    ]
+
+
 def test_intervals_of_single_layers_count_training_steps() -> None:
     rules = [SamplingRule("4.*", every_n_steps=3)]
     records, _, _ = watch(step_each_parameter, sampling=rules)

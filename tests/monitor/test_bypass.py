@@ -237,6 +237,53 @@ def test_weights_that_are_loaded_beside_an_idle_optimizer_are_no_bypass() -> Non
     assert not idle.state
 
 
+def hook_all(model: nn.Module, _: Optimizer) -> None:
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda _: None)
+        p.register_hook(lambda gradient: gradient.clamp(-1, 1))
+
+
+def keep_an_idle_optimizer(model: nn.Module, _: Optimizer) -> None:
+    model.idle = SGD(model.parameters(), lr=0.1)
+
+
+def keep_an_earlier_optimizer(model: nn.Module, _: Optimizer) -> None:
+    model.earlier = AdamW(model.parameters())
+    train(model, model.earlier)
+
+
+@pytest.mark.parametrize("recipes", [(), "bf16"])
+@pytest.mark.parametrize("steps", [(0, 0), (0, 2, 0), (2, 0), (1, 1, 1)])
+@pytest.mark.parametrize("prepare", [hook_all, keep_an_idle_optimizer, keep_an_earlier_optimizer])
+def test_weights_that_are_swapped_without_a_step_are_no_bypass(
+    prepare: Callable[..., None], steps: tuple[int, ...], recipes: Any
+) -> None:
+    model = net()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    prepare(model, optimizer)
+    with UpdateMonitor(model, formats="bf16", recipes=recipes, strict=True) as monitor:
+        monitor.attach(optimizer)
+        for each in steps:  # a warning would be an error
+            train(model, optimizer, each)
+            monitor.warn_about_bypasses()
+            project(model, optimizer)
+            monitor.warn_about_bypasses()
+
+
+def test_updates_that_all_round_away_are_no_bypass() -> None:
+    model = net().bfloat16()
+    first, second = (SGD(model.parameters(), lr=1e-12) for _ in range(2))
+    third = SGD(model[0].parameters(), lr=0.1)
+    with UpdateMonitor(model, formats="e4m3fn", recipes=(), strict=True) as monitor:
+        monitor.attach(first, second, third)
+        for _ in range(4):
+            model.zero_grad()
+            model(torch.randn(4, 3, 8, 8).bfloat16()).square().mean().backward()
+            for optimizer in (first, second, third):
+                optimizer.step()
+            monitor.warn_about_bypasses()
+
+
 def test_a_layer_that_two_attached_optimizers_step_is_no_bypass() -> None:
     model = net()
     first, second = SGD(model.parameters(), lr=0.1), SGD(model.parameters(), lr=0.1)

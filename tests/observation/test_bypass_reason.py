@@ -41,15 +41,37 @@ def test_a_replaced_step_is_a_sign(layer: nn.Linear) -> None:
     assert "was replaced by a function" in explain(layer, optimizer, optimizer)
 
 
-def test_another_optimizer_is_a_sign_and_its_class_is_named(layer: nn.Linear) -> None:
-    optimizer, other = SGD(layer.parameters(), lr=0.1), AdamW([layer.bias])
+class Hookless(Optimizer):
+    """An optimizer whose class skips the constructor of Optimizer, so that no hook shows a step."""
+
+    def __init__(self, parameters: Any) -> None:
+        self.param_groups = [{"params": [*parameters]}]
+        self.state: dict[Tensor, int] = {}
+
+    def step(self, closure: Any = None) -> None:
+        self.state |= dict.fromkeys(self.param_groups[0]["params"], 1)
+
+    def __repr__(self) -> str:
+        return "without hooks"
+
+
+def test_another_optimizer_without_hooks_is_a_sign_and_its_class_is_named(layer: Any) -> None:
+    optimizer, other = SGD(layer.parameters(), lr=0.1), Hookless([layer.bias])
     assert explain(layer, optimizer, optimizer) is None  # it has not stepped yet
-    layer(torch.ones(1, 3)).sum().backward()
     other.step()
     reason = explain(layer, optimizer, optimizer)
-    assert reason == "AdamW has these layers, too, and is not attached; attach it"
+    assert reason == "Hookless has these layers, too, and is not attached; attach it"
     assert explain(layer, optimizer, optimizer, other) is None
-    assert "SGD that was attached no longer exists, and AdamW" in explain(layer, None, optimizer)
+    assert "SGD that was attached no longer exists, and Hookless" in explain(layer, None, optimizer)
+
+
+def test_another_optimizer_whose_steps_would_call_hooks_is_no_sign(layer: nn.Linear) -> None:
+    optimizer, idle = (SGD(layer.parameters(), lr=0.1) for _ in range(2))
+    earlier = AdamW(layer.parameters())
+    layer(torch.ones(1, 3)).sum().backward()
+    earlier.step()
+    assert explain(layer, optimizer, optimizer) is None
+    assert not idle.state
 
 
 class Wrapper(Optimizer):
@@ -66,12 +88,18 @@ class Wrapper(Optimizer):
         return "a wrapper"
 
 
-def test_a_wrapper_of_an_attached_optimizer_is_no_sign(layer: nn.Linear) -> None:
+def test_a_wrapper_of_an_optimizer_with_hooks_is_no_sign(layer: nn.Linear) -> None:
     optimizer = SGD(layer.parameters(), lr=0.1)
     wrapper = Wrapper(Wrapper(optimizer))
     assert explain(layer, optimizer, optimizer) is None
-    assert "Wrapper" in explain(layer, None)
+    assert explain(layer, None) is None
     assert wrapper.param_groups is optimizer.param_groups
+
+
+def test_a_wrapper_of_an_optimizer_without_hooks_is_a_sign(layer: nn.Linear) -> None:
+    wrapper = Wrapper(Hookless(layer.parameters()))
+    assert "Wrapper" in explain(layer, SGD(layer.parameters(), lr=0.1))
+    assert isinstance(wrapper.optimizer, Hookless)
 
 
 def test_an_unfinished_optimizer_elsewhere_is_passed_over(layer: nn.Linear) -> None:
@@ -105,10 +133,18 @@ def test_steps_under_other_names_are_a_sign(layer: nn.Linear) -> None:
     assert "by first_step() and second_step()" in explain(layer, optimizer, optimizer)
 
 
-def test_an_optimizer_that_was_attached_elsewhere_is_no_sign(layer: nn.Linear) -> None:
+def test_hooks_on_gradients_are_no_sign_without_a_backward_pass(layer: nn.Linear) -> None:
+    optimizer = SGD(layer.parameters(), lr=0.1)
+    layer.bias.register_post_accumulate_grad_hook(print)
+    layers = [*layer.parameters()]
+    assert find_bypass_reason("SGD", optimizer, layers, [optimizer], has_backward=False) is None
+
+
+def test_a_wrapper_of_an_optimizer_that_was_attached_elsewhere_is_no_sign(layer: Any) -> None:
     optimizer, other = (SGD(layer.parameters(), lr=0.1) for _ in range(2))
-    assert "is not attached" in explain(layer, optimizer, optimizer)
+    wrapper = Wrapper(other)
     monitor = UpdateMonitor(layer).attach(other)
     assert explain(layer, optimizer, optimizer) is None
     monitor.detach()
     assert explain(layer, optimizer, optimizer) is None
+    assert wrapper.optimizer is other

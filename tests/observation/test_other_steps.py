@@ -63,6 +63,16 @@ def step_without_gradients(layer: nn.Linear) -> None:
     SGD(layer.parameters(), lr=0.1).step()
 
 
+def step_gradients_of_zero(layer: nn.Linear) -> None:
+    layer(torch.zeros(1, 3)).sum().backward()
+    layer.bias.grad.zero_()
+    SGD(layer.parameters(), lr=0.1).step()
+
+
+def rest_by_a_tensor(layer: nn.Linear) -> None:
+    step(layer, AdamW(layer.parameters(), lr=torch.tensor(0.0), capturable=False, foreach=False))
+
+
 def step_another_module(_: nn.Linear) -> None:
     another = nn.Linear(3, 2)
     step(another, SGD(another.parameters(), lr=0.1))
@@ -101,6 +111,8 @@ def observe_the_inner_optimizer(layer: nn.Linear) -> None:
 NONE = (
     rest,
     step_without_gradients,
+    step_gradients_of_zero,
+    rest_by_a_tensor,
     step_another_module,
     observe,
     observe_the_outer_optimizer,
@@ -114,6 +126,34 @@ def test_steps_that_move_nothing_or_are_observed_do_not_count(
 ) -> None:
     way(layer)
     assert others.found == {}
+
+
+def test_a_decay_without_a_gradient_counts(layer: nn.Linear, others: OtherSteps) -> None:
+    layer(torch.zeros(1, 3)).sum().backward()
+    layer.bias.grad = None
+    SGD(layer.parameters(), lr=0.1, weight_decay=0.1).step()
+    assert others.found == {"SGD": ["weight"]}
+
+
+def test_sparse_gradients_count_where_a_sample_misses_them(others: OtherSteps) -> None:
+    embedding = nn.Embedding(1000, 2, sparse=True)
+    listening = OtherSteps(lambda: {embedding.weight: "weight"})
+    listening.start()
+    embedding(torch.tensor([1])).sum().backward()
+    SGD(embedding.parameters(), lr=0.1).step()
+    listening.stop()
+    assert listening.found == {"SGD": ["weight"]}
+
+
+def test_steps_inside_the_backward_pass_are_told_apart(
+    layer: nn.Linear, others: OtherSteps
+) -> None:
+    step(layer, SGD([layer.weight], lr=0.1))
+    optimizer = AdamW([layer.bias])
+    layer.bias.register_post_accumulate_grad_hook(lambda _: optimizer.step())
+    layer(torch.ones(1, 3)).sum().backward()
+    assert others.found.keys() == {"SGD", "AdamW"}
+    assert others.in_backward == {"AdamW"}
 
 
 def test_a_step_that_raises_does_not_count(layer: nn.Linear, others: OtherSteps) -> None:
@@ -190,6 +230,15 @@ def test_a_step_that_is_compiled_as_one_graph_stays_so(
     before = layer.weight.detach().clone()
     torch.compile(optimizer.step, backend="eager", fullgraph=True)()
     assert torch.equal(layer.weight, before - layer.weight.grad)
-    assert others.found == {}
-    optimizer.step()
     assert others.found == {"Plain": ["weight", "bias"]}
+
+
+def test_an_observed_optimizer_whose_step_is_compiled_does_not_count(
+    layer: nn.Linear, others: OtherSteps
+) -> None:
+    torch.compiler.reset()
+    optimizer = SGD(layer.parameters(), lr=0.1)
+    with StepObserver(layer, print).attach(optimizer):
+        layer(torch.ones(1, 3)).sum().backward()
+        torch.compile(optimizer.step, backend="eager")()
+    assert others.found == {}

@@ -1,11 +1,13 @@
 """`StepHooks`: the calls around steps with and without closures, and around nested steps."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, SGD, Optimizer, optimizer as torch_optimizer
 
-from altgrad.observation.step_hooks import count_step_calls
+from altgrad.observation.step_hooks import count_backward_passes, count_step_calls
 from tests.observation.recorder import (
     RATE,
     Recorder,
@@ -268,3 +270,15 @@ def test_other_functions_with_a_local_self_are_not_counted() -> None:
 
     wrapper(optimizer)
     assert depths == [0, 0]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_backward_passes_are_counted_without_those_that_count(mode: Any) -> None:
+    weight = torch.ones(2, requires_grad=True)
+    with mode():
+        before = count_backward_passes()
+        assert count_backward_passes() == before
+    for _ in range(3):
+        weight.sum().backward()
+    with mode():
+        assert count_backward_passes() == before + 3
