@@ -11,7 +11,7 @@ Read it in this order:
    figures of `canvas`, draws its pictures, and `applying` writes Python code that applies its
    suggestions.
 4. `terminal`, which begins with `terminal_runs`, `web_page` and `exports` show the report;
-   `answers`, `cells`, `names` and `printing` hold what they share.
+   `answers`, `cells`, `colours`, `names` and `printing` hold what they share.
 5. `comparison` compares two runs. If one of them predicted how the other is stored, which
    `matching` finds out, `confirmation` sets the prediction beside what happened;
    `confirmation_table` and `confirmation_drawing` show it.
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from altgrad.report.judging.judge import Judge, StandardErrors, judge_run
     from altgrad.report.judging.summaries import write_nonfinite, write_sentence
     from altgrad.report.judging.verdicts import Advice, Assessment, RunAdvice, Verdict
-    from altgrad.report.ranking import list_lost, rank_layers
+    from altgrad.report.ranking import find_frozen, list_lost, rank_layers
     from altgrad.report.records.fields import SCHEMA
     from altgrad.report.records.reading import read
     from altgrad.report.records.run import Row, Run
@@ -97,6 +97,7 @@ __all__ = [
     "confirmation_page",
     "describe_frozen_now",
     "find_confirmation",
+    "find_frozen",
     "has_intervals",
     "heat_map",
     "judge_run",
@@ -135,7 +136,7 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
             "confirmation_table": "print_confirmation",
             "drawings": "heat_map kept_map ranges steps_histogram",
             "judging.judge": "Judge StandardErrors judge_run",
-            "ranking": "list_lost rank_layers",
+            "ranking": "find_frozen list_lost rank_layers",
             "records.fields": "SCHEMA",
             "records.reading": "read",
             "records.run": "Row Run",

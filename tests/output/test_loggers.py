@@ -17,7 +17,6 @@ import lightning.pytorch.loggers
 import numpy as np
 import pytest
 import pytorch_lightning.loggers
-from matplotlib import colormaps
 from PIL import Image
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -29,6 +28,7 @@ from altgrad.output import loggers
 from altgrad.output.history import History
 from altgrad.report import Verdict, kept_map
 from altgrad.report.cells import MEANINGS
+from altgrad.report.colours import find_share_colour
 from tests.chromium import chromium, needs_chromium
 from tests.lightning.assessments import (
     FORMATS,
@@ -311,7 +311,7 @@ def test_the_image_page_of_tensorboard_shows_the_heat_maps(folder: str, tmp_path
         _, errors = chromium(tmp_path, f"{address}#images", picture, milliseconds=20_000)
     assert not errors
     pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)
-    colour = np.array(colormaps["YlOrRd"](9 / 20, bytes=True)[:3])  # the color at the first step
+    colour = np.array([*bytes.fromhex(find_share_colour(1 - 9 / 20)[1:])])  # at the first step
     assert (abs(pixels - colour).max(-1) <= 8).sum() > 3000
 
 
