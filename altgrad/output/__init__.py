@@ -3,14 +3,25 @@
 An `Output` does this for every way to train: for `altgrad.watch` and `altgrad.integrations`, and
 for the callback of `altgrad_lightning`. It needs no trainer, and loads no logger.
 
-Read `output` first. `charts` turns figures into rows of numbers, `history` keeps figures for
-pictures, and `loggers` passes numbers, pictures and verdicts to each kind of logger.
+Read `output` first. `charts` turns figures into rows of numbers, `history` and `panels` keep
+figures for pictures, and `loggers` passes numbers, pictures and verdicts to each kind of logger;
+`tensorboard` has the groups and runs of TensorBoard.
 `summary_writer` makes a logger of a SummaryWriter of torch. Whoever has the records of several
 optimizers for one step merges them before, by `altgrad.measurement.merging`.
 """
 
 from altgrad.measurement.merging import merge_records
+from altgrad.output.charts import ChartKind, check_charts, check_layer_charts
 from altgrad.output.output import Output, OutputSettings, explain_skipped
 from altgrad.output.summary_writer import WriterLogger
 
-__all__ = ["Output", "OutputSettings", "WriterLogger", "explain_skipped", "merge_records"]
+__all__ = [
+    "ChartKind",
+    "Output",
+    "OutputSettings",
+    "WriterLogger",
+    "check_charts",
+    "check_layer_charts",
+    "explain_skipped",
+    "merge_records",
+]
