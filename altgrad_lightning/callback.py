@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from altgrad import DEFAULT_FORMATS, Figures, Recipe, SamplingRule
 from altgrad.observation import SkipReason
-from altgrad.output import write_state
+from altgrad.output import ChartKind, check_charts, check_layer_charts, write_state
 from altgrad.quantization import NumberFormat, Scaling
 from altgrad.report import Assessment
 from altgrad_lightning.callback_metrics import CallbackMetrics
@@ -32,7 +32,6 @@ from altgrad_lightning.settings import (
     apply_preset,
     check_formats,
     check_keys,
-    check_layer_charts,
     check_name,
 )
 from altgrad_lightning.steps import find_interval
@@ -65,15 +64,19 @@ class PrecisionMonitor(Callback):
 
     Logged keys:
 
-    - ``altgrad/{metric}`` and ``altgrad/{metric}/{format}``: figures of the model.
-    - ``altgrad/{metric}/{layer}`` and ``altgrad/{metric}/{format}/{layer}``: figures of a layer
-      that `layer_charts` chooses, a charted layer.
-    - ``altgrad/{metric}/{recipe}``: figures of twins over the model, but for ``moved_rms``, which
-      is the same for all recipes. Of a charted layer, ``altgrad/progress_kept/{recipe}/{layer}``
-      and ``altgrad/frozen_frac/{recipe}/{layer}``. A twin is a sample of each layer that is trained
-      as a recipe for storing weights says.
-    - ``altgrad/monitor/…``: the share of the time that observing takes, the number of measured
-      elements and the number of skipped steps.
+    - ``altgrad/progress_kept/{recipe}``, ``altgrad/frozen_layers/{recipe}`` (the number of layers
+      that have not moved so far), ``altgrad/lost_now`` (the share of the progress that the run
+      loses as it is stored) and ``altgrad/monitor/own_share`` (of the time, for observing): the
+      headline. A twin, a sample of each layer, is trained as the recipe for storing weights says.
+      A format without a twin has ``altgrad/kept_update_ratio/{format}``.
+    - ``altgrad/{metric}`` and ``altgrad/{metric}/{format}``: DIAG-01 to 04 of the model, and
+      ``altgrad/{metric}/{layer}`` and ``altgrad/{metric}/{format}/{layer}`` of a layer that
+      `layer_charts` chooses, a charted layer.
+    - With ``charts="all"`` the same for all other metrics, and ``altgrad/monitor/…``: the number of
+      measured elements and the number of skipped steps.
+
+    In TensorBoard a tag is ``{group}/{metric}[/{layer}]``, and each format and recipe is a run, in
+    the folder ``altgrad/{name}`` of the log folder.
 
     Figures are logged at the same step as the values that the module logs. TensorBoard and wandb
     also get pictures and verdicts, at the 1st, 4th, 16th, … observed step and at the end. The
@@ -93,13 +96,15 @@ class PrecisionMonitor(Callback):
         scaling: The elements that share an amax scale, as in `altgrad.measure`. The default
             ``"tensor"`` is customary in FP8 training. None judges the formats unscaled.
         preset: ``"economy"`` (256 elements of a layer, 4 charted layers, no twins, at most 1 % of
-            the time), ``"standard"`` (the defaults) or ``"full"`` (all elements, 16 charted layers,
-            histograms). An argument with another value than its default takes precedence.
+            the time), ``"standard"`` (the defaults) or ``"full"`` (all elements, all charts of 16
+            layers, histograms). An argument with another value than its default takes precedence.
         layer_charts: The number of charted layers, or patterns of the names of layers, such as
-            ``["*.norm.weight"]``. A number charts the layers that keep least of their update at the
-            first observed step with figures; up to as many join them later, from layers that appear
-            later. The default of 8 makes fewer than 250 charts with three formats, and fewer than
-            450 with their twins. All layers are in `latest` and in the run file.
+            ``["*.norm.weight"]``. A number charts the layers that keep least of their progress at
+            the first observed step with figures; up to as many join them later, from layers that
+            appear later. None charts up to 8, as many as leave at most 80 charts: 4 with the
+            default formats. All layers are in `latest` and in the run file.
+        charts: ``"default"`` for the headline and DIAG-01 to 04, at most 80 charts with the default
+            formats, or ``"all"`` for all metrics, about 460.
         histograms: If True, log histograms of abs(update) / stiffness to TensorBoard and wandb at
             each observed step, for the model and the charted layers. The stiffness is the distance
             between a format's neighbouring numbers at a weight. The histograms take more disk space
@@ -148,7 +153,8 @@ class PrecisionMonitor(Callback):
         *,
         preset: Literal["economy", "standard", "full"] | None = None,
         scaling: Scaling | None = "tensor",
-        layer_charts: int | Sequence[str] = 8,
+        layer_charts: int | Sequence[str] | None = None,
+        charts: ChartKind = "default",
         histograms: bool = False,
         run_file: bool = True,
         max_elements: int | None = 4096,
@@ -169,6 +175,7 @@ class PrecisionMonitor(Callback):
             inspect.signature(PrecisionMonitor),
             max_elements=max_elements,
             layer_charts=layer_charts,
+            charts=charts,
             histograms=histograms,
             recipes=recipes,
             overhead_budget=overhead_budget,
@@ -179,6 +186,7 @@ class PrecisionMonitor(Callback):
             every_n_steps=every_n_steps,
             scaling=scaling,
             layer_charts=check_layer_charts(chosen["layer_charts"]),
+            charts=check_charts(chosen["charts"]),
             histograms=chosen["histograms"],
             run_file=run_file,
             max_elements=chosen["max_elements"],

@@ -115,7 +115,7 @@ def _report(monitor: PrecisionMonitor, folder: Path) -> None:
         "Report": html,
         "Picture": picture,
         "Run file": f"{monitor.path} (altgrad report {shlex.quote(str(log_dir))})",
-        "TensorBoard": f"tensorboard --logdir {shlex.quote(str(folder))} (Custom Scalars, Images)",
+        "TensorBoard": f"tensorboard --logdir {shlex.quote(str(folder))} (Images, Text)",
     }
     for name, where in shown.items():
         # A path is no markup.

@@ -16,7 +16,7 @@ import torch
 
 from altgrad import Recipe, SamplingRule, StepSchedule, UpdateMonitor
 from altgrad.measurement import FORMAT_METRICS, LAYER_METRICS, get_metric
-from altgrad.output import OutputSettings
+from altgrad.output import ChartKind, OutputSettings
 from altgrad.quantization import NumberFormat, Scaling, get_formats
 
 # docs/sampling.md has the cost and the precision of each preset.
@@ -24,7 +24,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     # The steps of twins leave no room in a budget of 1 %.
     "economy": {"max_elements": 256, "layer_charts": 4, "overhead_budget": 0.01, "recipes": ()},
     "standard": {},
-    "full": {"max_elements": None, "layer_charts": 16, "histograms": True},
+    "full": {"max_elements": None, "layer_charts": 16, "charts": "all", "histograms": True},
 }
 """Arguments of `PrecisionMonitor` that a preset sets, by name of the preset."""
 
@@ -43,7 +43,8 @@ class Settings:
     formats: tuple[NumberFormat, ...]
     every_n_steps: int | None
     scaling: Scaling | None
-    layer_charts: int | tuple[str, ...]
+    layer_charts: int | tuple[str, ...] | None
+    charts: ChartKind = "default"
     histograms: bool
     run_file: bool
     max_elements: int | None
@@ -111,7 +112,9 @@ class Settings:
 
     def get_output_settings(self) -> OutputSettings:
         """Return the arguments that `Output` needs: charts, histograms, run file and `strict`."""
-        return OutputSettings(self.layer_charts, self.histograms, self.run_file, self.strict)
+        return OutputSettings(
+            self.layer_charts, self.charts, self.histograms, self.run_file, self.strict
+        )
 
 
 def check_formats(
@@ -132,32 +135,6 @@ def check_formats(
     if not found:
         raise ValueError(f"formats={formats!r}: expected one or more formats")
     return found
-
-
-def check_layer_charts(layer_charts: int | Sequence[str]) -> int | tuple[str, ...]:
-    """Check the argument `layer_charts`: which layers get charts of their own.
-
-    Args:
-        layer_charts: A number of layers, or a list of patterns of their names.
-
-    Returns:
-        The number, or a copy of the patterns.
-
-    Raises:
-        ValueError: The number is negative.
-        TypeError: The argument is neither a number nor a list of strings.
-    """
-    expected = "expected the number of layers, or a list of patterns"
-    if isinstance(layer_charts, int):
-        if isinstance(layer_charts, bool):
-            raise TypeError(f"layer_charts={layer_charts!r}: {expected}")
-        if layer_charts < 0:
-            raise ValueError(f"layer_charts={layer_charts}: expected 0 or more")
-        return layer_charts
-    # A string is itself a sequence of strings, whose characters would be taken for patterns.
-    if isinstance(layer_charts, str) or not all(isinstance(each, str) for each in layer_charts):
-        raise TypeError(f"layer_charts={layer_charts!r}: {expected}")
-    return tuple(layer_charts)
 
 
 def check_keys(callback_metrics: Sequence[str]) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ def photograph_report(folder: Path) -> bytes:
 
 def photograph_scalars(folder: Path) -> bytes:
     with serve_tensorboard(folder) as address:
-        return photograph(folder, f"{address}#custom_scalars", width=1500, height=1000)
+        return photograph(folder, f"{address}?smoothing=0#timeseries", width=1500, height=1180)
 
 
 def photograph_text(folder: Path) -> bytes:
@@ -82,7 +82,8 @@ def photograph(folder: Path, address: str, width: int, height: int) -> bytes:
         sys.exit("no chromium: expected one on the PATH; do apt-get install chromium")
     file = folder / "page.png"
     options = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage")
-    window = ("--hide-scrollbars", f"--window-size={width},{height}")
+    # Without WebGL, TensorBoard draws lines as SVG, and thus before the picture is taken.
+    window = ("--disable-3d-apis", "--hide-scrollbars", f"--window-size={width},{height}")
     # The page's own clock runs ahead while the page is idle.
     files = (f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=20000")
     command = [chromium, *options, *window, *files, f"--screenshot={file}", address]

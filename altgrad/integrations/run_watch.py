@@ -36,9 +36,12 @@ from altgrad.observation.dtensor import is_sharded
 from altgrad.observation.optimizers import unwrap
 from altgrad.observation.step_hooks import find_backward_pass
 from altgrad.output import (
+    ChartKind,
     Output,
     OutputSettings,
     WriterLogger,
+    check_charts,
+    check_layer_charts,
     explain_skipped,
     show_summary,
     write_summary,
@@ -48,8 +51,6 @@ from altgrad.report import Assessment
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-
-_LAYER_CHARTS = 8  # as many as `altgrad_lightning.PrecisionMonitor` makes
 
 
 def watch(
@@ -101,7 +102,8 @@ def watch(
         strict: If True, re-raise errors of observing and writing in the training loop; otherwise
             warn once, and leave out what failed.
         **arguments: Further arguments of `UpdateMonitor`: `sampling`, `recipes`, `max_elements`,
-            `overhead_budget`, `scaling`, `twin_elements`, `seed`, `warn`.
+            `overhead_budget`, `scaling`, `twin_elements`, `seed`, `warn`. Then `layer_charts` and
+            `charts`, which figures the writer gets: see `RunWatch`.
 
     Returns:
         The `RunWatch`. In a ``with`` statement it prints a summary at the end.
@@ -153,6 +155,9 @@ class RunWatch:
         owner: Name at the beginning of each warning.
         warn: Function that is called with each notice, in place of `warnings.warn`.
         strict: If True, errors are raised; otherwise each gives a warning.
+        layer_charts: The number of layers with charts of their own, or patterns of their names;
+            None for up to 8 layers, as many as leave at most 80 charts.
+        charts: ``"default"`` for charts of the headline and DIAG-01 to 04, ``"all"`` for all.
         **arguments: Further arguments of `UpdateMonitor`.
 
     Attributes:
@@ -175,8 +180,13 @@ class RunWatch:
         owner: str = "altgrad.watch",
         warn: Callable[[str], object] | None = None,
         strict: bool = False,
+        layer_charts: int | Sequence[str] | None = None,
+        charts: ChartKind = "default",
         **arguments: Any,
     ) -> None:
+        self._settings = OutputSettings(
+            check_layer_charts(layer_charts), check_charts(charts), strict=strict
+        )
         self._folder = Path(folder).absolute()  # the current folder may change
         self._policy = StepPolicy(every_n_steps, overhead_budget=None)
         self._find_loggers = find_loggers
@@ -461,7 +471,7 @@ class RunWatch:
             self._find_loggers(),
             self._folder,
             self.monitor.run_header,
-            OutputSettings(_LAYER_CHARTS, histograms=False, run_file=True, strict=self._strict),
+            self._settings,
             self._output_state,
             self._numbers.last,
             self._notices.give_once,

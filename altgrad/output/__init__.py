@@ -3,22 +3,26 @@
 An `Output` does this for every way to train: for `altgrad.watch` and `altgrad.integrations`, and
 for the callback of `altgrad_lightning`. It needs no trainer, and loads no logger.
 
-Read `output` first. `charts` turns figures into rows of numbers, `history` keeps figures for
-pictures, and `loggers` passes numbers, pictures and verdicts to each kind of logger.
-`summary_writer` makes a logger of a SummaryWriter of torch. `summary` says what a training came to.
-Whoever has the records of several
+Read `output` first. `charts` turns figures into rows of numbers, `history` and `panels` keep
+figures for pictures, and `loggers` passes numbers, pictures and verdicts to each kind of logger;
+`tensorboard` has the groups and runs of TensorBoard. `summary_writer` makes a logger of a
+SummaryWriter of torch. `summary` says what a training came to. Whoever has the records of several
 optimizers for one step merges them before, by `altgrad.measurement.merging`.
 """
 
 from altgrad.measurement.merging import merge_records
+from altgrad.output.charts import ChartKind, check_charts, check_layer_charts
 from altgrad.output.output import Output, OutputSettings, explain_skipped
 from altgrad.output.summary import show_summary, write_state, write_summary
 from altgrad.output.summary_writer import WriterLogger
 
 __all__ = [
+    "ChartKind",
     "Output",
     "OutputSettings",
     "WriterLogger",
+    "check_charts",
+    "check_layer_charts",
     "explain_skipped",
     "merge_records",
     "show_summary",

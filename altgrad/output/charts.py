@@ -4,6 +4,9 @@ A logger with columns, such as CSVLogger, needs the same keys in every row. `Cha
 the charted layers, those with charts of their own. It adds some only when layers appear later, and
 fills missing figures with NaN.
 
+By default a row has the headline, and DIAG-01 to 04 of the model and of the charted layers, 80
+numbers in all; all other figures are in the run file.
+
 Read this file after `output`, which logs the rows. The next file is `history`, which keeps figures
 for pictures.
 """
@@ -11,22 +14,34 @@ for pictures.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
-from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS
+from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS, NOW
 from altgrad.measurement.figures import Figures
 from altgrad.observation.rules import SamplingRule
+from altgrad.report.judging.calibration import calibration
 
-PER_LAYER = ("update_rms", "update_weight_ratio", "unmoved_frac", "ulp_mean", "ulp_zero_frac")
-"""Metrics with one chart for each charted layer, a layer chosen for charts of its own."""
+MOST_SCALARS = 80
+"""Maximum number of numbers in a row, if neither `charts` nor `layer_charts` ask for more."""
+_MOST_LAYERS = 8  # charted by default, and none of them if 80 numbers leave no room
+
+HEADLINE = frozenset({"progress_kept", "frozen_layers", "lost_now", "own_share"})
+"""Metrics that say by themselves how a run fares: they stand in a group of their own."""
+DIAGNOSTICS = ("ulp_mean", "ulp_zero_frac")
+"""Metrics of DIAG-03, which every row has, of the model and of each charted layer."""
+FORMAT_DIAGNOSTICS = ("stiffness_mean", "on_grid_frac", "grad_stiff_correlation")
+"""Metrics of DIAG-01, 02 and 04, which every row has, by format."""
+
+PER_LAYER = ("update_rms", "update_weight_ratio", "unmoved_frac", *DIAGNOSTICS)
+"""Metrics with one chart for each charted layer, if all are charted."""
 PER_LAYER_AND_FORMAT = (
     *("kept_update_ratio", "stall_frac"),
-    *("stiffness_mean", "grad_stiff_correlation", "grad_below_stiffness_frac"),
+    *(*FORMAT_DIAGNOSTICS, "grad_below_stiffness_frac"),
 )
-"""Metrics with a chart for each charted layer and each number format it is judged for."""
+"""Metrics with a chart for each charted layer and each format, if all are charted."""
 PER_LAYER_AND_RECIPE = ("progress_kept", "frozen_frac")
-"""Metrics with a chart for each charted layer and each recipe tried on it.
+"""Metrics with a chart for each charted layer and each recipe tried on it, if all are charted.
 
 A recipe says how weights are stored, and is tried on a sample of the layer, its twin.
 """
@@ -34,8 +49,11 @@ WITHOUT_CHART = frozenset({"moved_rms"})
 """Metrics of the model's twins without a chart: they say the same under every recipe."""
 # If it is not known in 20 rows what a layer keeps, the layers are chosen without that.
 _MAX_WAITING_ROWS = 20
-_NOW = "progress_kept/now"  # of the run itself, if its weights are stored low
+_NOW = f"progress_kept/{NOW}"  # of the run itself, if its weights are stored low
 _NO_FIGURES: Mapping[str, float] = {}
+_KINDS = ("default", "all")
+
+ChartKind = Literal["default", "all"]
 
 
 class Row(NamedTuple):
@@ -43,13 +61,26 @@ class Row(NamedTuple):
 
     Attributes:
         step: The step to log at.
-        model: Figures of the model, by logged key.
-        others: Figures of layers with charts, and numbers on observing itself, by logged key.
+        model: Figures of the model by key: ``{metric}``, or ``{metric}/{format}``.
+        monitor: Numbers on observing itself, by name.
+        layers: Figures of charted layers by key, by name of the layer.
     """
 
     step: int
     model: dict[str, float]
-    others: dict[str, float]
+    monitor: dict[str, float]
+    layers: dict[str, dict[str, float]]
+
+    def flatten(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Return all numbers by their logged keys, which begin with ``altgrad/``.
+
+        Returns:
+            Those of the model, and all others.
+        """
+        others = {f"altgrad/monitor/{name}": value for name, value in self.monitor.items()}
+        for layer, figures in self.layers.items():
+            others |= {f"altgrad/{key}/{layer}": value for key, value in figures.items()}
+        return {f"altgrad/{key}": value for key, value in self.model.items()}, others
 
 
 class Charts:
@@ -63,24 +94,40 @@ class Charts:
     Args:
         formats: Names of the judged formats.
         layers: The number of layers to chart, or patterns of the names of layers. A number charts
-            the layers that keep least, and at most as many layers that appear later. Layers that
+            the layers that keep least, and at most as many layers that appear later. None charts
+            up to 8 such layers, and fewer if a row would have more than 80 numbers. Layers that
             are stored low come first, by the progress that the run itself keeps of them now; then
             the others, by what the recipe would keep that keeps least.
+        kind: ``"default"`` for the headline and DIAG-01 to 04, ``"all"`` for all metrics.
+        recipes: Names of the recipes that twins try, samples that are stored as a recipe says.
+        is_low: True if weights of the run are stored below float32.
 
     Attributes:
         charted: Names of the charted layers, each with the names of its formats; None before the
             layers are chosen.
     """
 
-    def __init__(self, formats: Sequence[str], layers: int | Sequence[str]) -> None:
+    def __init__(
+        self,
+        formats: Sequence[str],
+        layers: int | Sequence[str] | None = None,
+        kind: ChartKind = "default",
+        *,
+        recipes: Collection[str] = (),
+        is_low: bool = False,
+    ) -> None:
         self._formats = formats
         self._layers = layers
+        self._has_all = kind == "all"
+        self._expected = recipes
+        self._is_low = is_low
         self.charted: dict[str, tuple[str, ...]] | None = None
         self._considered: set[str] = set()  # layers that were or were not chosen
         self._left = layers if isinstance(layers, int) else 0  # number of later layers to chart
         self._waiting: list[tuple[Row, Mapping[str, Mapping[str, float]]]] = []
         self._twin_keys: dict[str, None] = {}  # of the model, in any step so far
         self._recipes: dict[str, dict[str, None]] = {}  # of each layer, in any step so far
+        self._frozen: dict[str, set[str]] = {}  # layers that never moved, by recipe or format
 
     @property
     def recipes(self) -> list[str]:
@@ -111,11 +158,9 @@ class Charts:
             kept back, and the row of this step.
         """
         self._note_twins(model, layers)
-        model_keys = _join_keys([*LAYER_METRICS], [*FORMAT_METRICS], self._formats)
-        model_keys += self._twin_keys
-        model_row = {f"altgrad/{key}": model.get(key, math.nan) for key in model_keys}
-        monitor_row = {f"altgrad/monitor/{key}": value for key, value in monitor.items()}
-        self._waiting.append((Row(step, model_row, monitor_row), layers))
+        self._note_frozen(layers)
+        shown = monitor if self._has_all else {k: monitor[k] for k in monitor if k in HEADLINE}
+        self._waiting.append((Row(step, self._model_row(model), dict(shown), {}), layers))
         if self.charted is None:
             known = any(map(_is_known, layers.values()))
             if not known and len(self._waiting) < _MAX_WAITING_ROWS:
@@ -132,9 +177,7 @@ class Charts:
         The rows get the figures of the chosen layers.
         """
         waiting, self._waiting = self._waiting, []
-        return [
-            row._replace(others=row.others | self._layer_row(layers)) for row, layers in waiting
-        ]
+        return [row._replace(layers=self._layer_rows(layers)) for row, layers in waiting]
 
     def state_dict(self) -> dict[str, Any]:
         """Return which layers have charts of their own, and the rows kept back, for a checkpoint.
@@ -149,7 +192,7 @@ class Charts:
             "considered": sorted(self._considered),
             "left": self._left,
             "waiting": [
-                (*row, {name: _select_charted(figures) for name, figures in layers.items()})
+                (*row[:3], {name: _select_charted(figures) for name, figures in layers.items()})
                 for row, layers in self._waiting
             ],
             "twin_keys": [*self._twin_keys],
@@ -164,11 +207,16 @@ class Charts:
         self.charted = state["charted"]
         self._considered = {*state.get("considered", self.charted or ())}
         self._left = state.get("left", 0)
-        self._waiting = [(Row(*row), layers) for *row, layers in state.get("waiting", ())]
+        self._waiting = [
+            (Row(step, _shorten(model), _shorten(monitor), {}), layers)
+            for step, model, monitor, layers in state.get("waiting", ())
+        ]
         self._twin_keys = dict.fromkeys(state.get("twin_keys", ()))
         self._recipes = {
             name: dict.fromkeys(recipes) for name, recipes in state.get("recipes", {}).items()
         }
+
+    # --- the model
 
     def _note_twins(self, model: Figures, layers: Mapping[str, Figures]) -> None:
         """Note the keys of figures of twins to chart, so that later rows have them, too.
@@ -180,6 +228,45 @@ class Charts:
         for name, figures in layers.items():
             if figures.recipes:
                 self._recipes.setdefault(name, {}).update(dict.fromkeys(figures.recipes))
+
+    def _note_frozen(self, layers: Mapping[str, Figures]) -> None:
+        """Note the layers that have not moved so far, under each recipe and format.
+
+        Layers that other steps move stay as they were.
+        """
+        for name, figures in layers.items():
+            for recipe in {*figures.recipes, *figures.formats}:
+                frozen = self._frozen.setdefault(recipe, set())
+                (frozen.add if _is_frozen(figures, recipe) else frozen.discard)(name)
+
+    def _model_row(self, model: Figures) -> dict[str, float]:
+        """Return the figures of the model to log, by key; NaN where it has none."""
+        headline = self._summarize(model)
+        metrics, named = (DIAGNOSTICS, FORMAT_DIAGNOSTICS)
+        keys = [*headline, *_join_keys(metrics, named, self._formats)]
+        if self._has_all:
+            keys += [*_join_keys([*LAYER_METRICS], [*FORMAT_METRICS], self._formats)]
+            keys += self._twin_keys
+        return {key: headline.get(key, model.get(key, math.nan)) for key in keys}
+
+    def _summarize(self, model: Figures) -> dict[str, float]:
+        """Return the headline: the progress kept and the frozen layers, and what is lost now.
+
+        A format without a twin has its kept_update_ratio in place of the progress.
+        """
+        recipes = [key[len("progress_kept/") :] for key in self._twin_keys if _is_progress(key)]
+        tried = {*recipes, *self._expected}
+        formats = [name for name in self._formats if name not in tried]
+        kept = [f"progress_kept/{name}" for name in recipes]
+        kept += [f"kept_update_ratio/{name}" for name in formats]
+        frozen = {
+            f"frozen_layers/{name}": float(len(self._frozen.get(name, ())))
+            for name in (*recipes, *formats)
+        }
+        lost = 1 - model.get(_NOW, math.nan) if self._is_low or NOW in recipes else 0.0
+        return {key: model.get(key, math.nan) for key in kept} | frozen | {"lost_now": lost}
+
+    # --- charted layers
 
     def _chart_later(self, layers: Mapping[str, Figures]) -> None:
         """Choose the layers to chart among those that appear for the first time.
@@ -201,21 +288,93 @@ class Charts:
         self.charted = self.charted | {name: later[name].formats for name in chosen}
 
     def _choose(self, layers: Mapping[str, Figures]) -> list[str]:
-        if isinstance(self._layers, int):
-            return sorted(layers, key=lambda name: _rank_layer(layers[name]))[: self._layers]
+        if self._layers is None or isinstance(self._layers, int):
+            ranked = sorted(layers, key=lambda name: _rank_layer(layers[name]))
+            return self._fit(ranked, layers) if self._layers is None else ranked[: self._layers]
         # An empty pattern, which matches nothing, is no rule.
         rules = [SamplingRule(pattern) for pattern in self._layers if pattern]
         return [name for name in layers if any(each.matches(name) for each in rules)]
 
-    def _layer_row(self, layers: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    def _fit(self, ranked: Sequence[str], layers: Mapping[str, Figures]) -> list[str]:
+        """Return the first layers, as many as a row has room for; of the first ones at least one.
+
+        All metrics have no limit but that of 8 layers.
+        """
+        before = {**(self.charted or {})}
+        chosen = [*ranked[: max(0, _MOST_LAYERS - len(before))]]
+        if self._has_all:
+            return chosen
+        row, _ = self._waiting[-1]
+        missing = sum(f"progress_kept/{name}" not in row.model for name in self._expected)
+        # Each recipe has two numbers of the headline.
+        room = MOST_SCALARS - len(row.model) - len(row.monitor) - 2 * missing
+        room -= sum(len(self._list_keys(name, formats)) for name, formats in before.items())
+        fitting: list[str] = []
+        for name in chosen:
+            room -= len(self._list_keys(name, layers[name].formats))
+            if room >= 0 or not (before or fitting):
+                fitting.append(name)
+        return fitting
+
+    def _layer_rows(self, layers: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
         return {
-            f"altgrad/{key}/{name}": layers.get(name, _NO_FIGURES).get(key, math.nan)
+            name: {
+                key: layers.get(name, _NO_FIGURES).get(key, math.nan)
+                for key in self._list_keys(name, formats)
+            }
             for name, formats in (self.charted or {}).items()
-            for key in (
-                *_join_keys(PER_LAYER, PER_LAYER_AND_FORMAT, formats),
-                *_join_keys((), PER_LAYER_AND_RECIPE, [*self._recipes.get(name, ())]),
-            )
         }
+
+    def _list_keys(self, layer: str, formats: Sequence[str]) -> list[str]:
+        """Return the keys of the figures that a charted layer has in a row."""
+        if not self._has_all:
+            return _join_keys(DIAGNOSTICS, FORMAT_DIAGNOSTICS, formats)
+        recipes = [*self._recipes.get(layer, ())]
+        keys = _join_keys(PER_LAYER, PER_LAYER_AND_FORMAT, formats)
+        return [*keys, *_join_keys((), PER_LAYER_AND_RECIPE, recipes)]
+
+
+def check_charts(charts: object) -> ChartKind:
+    """Check the argument `charts`: which figures are logged.
+
+    Returns:
+        ``"default"`` or ``"all"``, as given.
+
+    Raises:
+        ValueError: The argument is neither.
+    """
+    if charts not in _KINDS:
+        raise ValueError(f"charts={charts!r}: expected one of {', '.join(map(repr, _KINDS))}")
+    return "all" if charts == "all" else "default"
+
+
+def check_layer_charts(layer_charts: int | Sequence[str] | None) -> int | tuple[str, ...] | None:
+    """Check the argument `layer_charts`: which layers get charts of their own.
+
+    Args:
+        layer_charts: A number of layers, or a list of patterns of their names; None for as many
+            layers as there is room for.
+
+    Returns:
+        The number, a copy of the patterns, or None.
+
+    Raises:
+        ValueError: The number is negative.
+        TypeError: The argument is neither a number nor a list of strings nor None.
+    """
+    expected = "expected the number of layers, or a list of patterns"
+    if layer_charts is None:
+        return None
+    if isinstance(layer_charts, int):
+        if isinstance(layer_charts, bool):
+            raise TypeError(f"layer_charts={layer_charts!r}: {expected}")
+        if layer_charts < 0:
+            raise ValueError(f"layer_charts={layer_charts}: expected 0 or more")
+        return layer_charts
+    # A string is itself a sequence of strings, whose characters would be taken for patterns.
+    if isinstance(layer_charts, str) or not all(isinstance(each, str) for each in layer_charts):
+        raise TypeError(f"layer_charts={layer_charts!r}: {expected}")
+    return tuple(layer_charts)
 
 
 def _join_keys(
@@ -226,6 +385,29 @@ def _join_keys(
     Names are those of formats or recipes.
     """
     return [*metrics, *(f"{metric}/{name}" for metric in named_metrics for name in names)]
+
+
+def _shorten(row: Mapping[str, float]) -> dict[str, float]:
+    """Return numbers by key, also if a state of an earlier version has them by logged key."""
+    shorter = (key.removeprefix("altgrad/").removeprefix("monitor/") for key in row)
+    return dict(zip(shorter, row.values(), strict=True))
+
+
+def _is_progress(key: str) -> bool:
+    return key.startswith("progress_kept/")
+
+
+def _is_frozen(figures: Figures, recipe: str) -> bool:
+    """Return True if a layer has not moved so far under a recipe, or without a twin in a format.
+
+    The error of the sample is left out, which verdicts take into account.
+    """
+    if recipe in figures.recipes:
+        limits = calibration().thresholds
+        is_still = figures.get(f"frozen_frac/{recipe}", math.nan) >= limits.frozen
+        return is_still and figures.get(f"progress_kept/{recipe}", math.nan) < limits.frozen_kept
+    limit = calibration().step_thresholds.frozen
+    return figures.get(f"never_moved_frac/{recipe}", math.nan) >= limit
 
 
 def _select_charted(figures: Mapping[str, float]) -> dict[str, float]:

@@ -3,14 +3,14 @@
 A long run has more observed steps than a picture has columns. `History` merges neighbouring columns
 if there are 200 columns, so that a column is the mean of 1, 2, 4, … observed steps.
 
-Read this file after `charts`. The next file is `loggers`, which shows the heat maps.
+Read this file after `charts`. The next file is `panels`; `loggers` shows the heat maps.
 """
 
 from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from altgrad.report.drawings import heat_map
@@ -77,8 +77,13 @@ class History:
             for layer, position in self._positions.get(format, {}).items()
         }
 
-    def draw_heat_maps(self) -> dict[str, Figure]:
+    def draw_heat_maps(
+        self, frozen: Mapping[str, Collection[str]] | None = None
+    ) -> dict[str, Figure]:
         """Draw a heat map of layers by steps for each format.
+
+        Args:
+            frozen: By format, the names of the layers that never move.
 
         Returns:
             The pictures, by ``{metric}_map/{format}``.
@@ -86,7 +91,10 @@ class History:
         mean = f", means of {self.per_column} observed steps" if self.per_column > 1 else ""
         return {
             f"{self.metric}_map/{format}": heat_map(
-                self.get_means(format), title=f"{self.metric} in {format}{mean}", label=self.metric
+                self.get_means(format),
+                title=f"{self.metric} in {format}{mean}",
+                label=self.metric,
+                frozen=(frozen or {}).get(format, ()),
             )
             for format in self._positions
         }

@@ -4,8 +4,9 @@ A logger has a method `log_metrics`. Numbers go to every logger. TensorBoard and
 pictures, histograms and verdicts. Each function has a branch for each kind of logger. Errors of
 loggers pass to the caller, `output`, which handles them.
 
-Tags are ``altgrad/{key}``, with keys such as ``steps/{format}`` and ``steps/{format}/{layer}`` for
-histograms and ``verdict`` for the table of verdicts.
+Keys are ``altgrad/{key}``, with keys such as ``steps/{format}`` and ``steps/{format}/{layer}`` for
+histograms and ``verdict`` for the table of verdicts. TensorBoard has tags of its own, for its
+groups of cards: see `tensorboard`, which is the next file.
 """
 
 from __future__ import annotations
@@ -14,14 +15,24 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from altgrad.measurement.catalogue import FORMAT_METRICS
 from altgrad.measurement.histogram import Histogram
+from altgrad.output.charts import Row
+from altgrad.output.panels import Lines
 from altgrad.output.summary_writer import WriterLogger
-from altgrad.report import png, rank_layers, write_sentence, write_verdicts
+from altgrad.output.tensorboard import HEADLINE_GROUP, TensorBoardRuns, find_tag, make_layout
+from altgrad.report import (
+    list_actions,
+    png,
+    rank_layers,
+    write_answer,
+    write_sentence,
+    write_verdicts,
+    write_word,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,16 +41,6 @@ if TYPE_CHECKING:
 
     from altgrad.report import Advice, Assessment, RunAdvice
 
-_LEADING_METRICS = (
-    *("kept_update_ratio", "stall_frac", "never_moved_frac"),
-    *("update_error", "visible_frac", "steps_median_log2"),
-)
-_LAYER_METRICS = ("kept_update_ratio", "stall_frac")
-_TWIN_METRICS = (
-    *("progress_kept", "window_progress_kept", "frozen_frac", "still_frac"),
-    *("drift", "decay_projection"),
-)
-_LAYER_TWIN_METRICS = ("progress_kept", "frozen_frac")
 _COLUMNS = ("layer", "recipe", "verdict", "kept", "frozen_frac", "reason")
 _WHOLE_RUN = "(whole run)"  # in the column of layers
 # Of a name: some put all hyperparameters into it. The header of a run file takes 10,000.
@@ -73,49 +74,57 @@ def describe_runs(loggers: Iterable[Any]) -> list[dict[str, str | None]]:
     ]
 
 
-def log_scalars(
-    logger: Any, step: int, model: Mapping[str, float], others: Mapping[str, float]
-) -> None:
-    """Log the numbers of a step in one call.
+def wrap_loggers(loggers: Iterable[Any]) -> list[Any]:
+    """Return loggers that `log_row` can write to: TensorBoard has more runs than the user's."""
+    return [TensorBoardRuns(each) if _is_tensorboard(each) else each for each in loggers]
+
+
+def close_runs(logger: Any) -> None:
+    """Close what `wrap_loggers` has added to a logger, and leave the user's own run open."""
+    if isinstance(logger, TensorBoardRuns):
+        logger.close()
+
+
+def name_logger(logger: Any) -> str:
+    """Return the name of the class of a logger, for notices."""
+    return logger.name if isinstance(logger, TensorBoardRuns) else type(logger).__name__
+
+
+def log_row(logger: Any, row: Row) -> None:
+    """Log the numbers of a step in one call, with the keys ``altgrad/{metric}…``.
+
+    For MLflow the keys of the model get the end ``/model``, and characters that MLflow does not
+    allow become ``_``. TensorBoard has tags of its own: see `tensorboard`.
 
     Args:
-        logger: A logger of the Trainer.
-        step: The step to log at.
-        model: Figures of the model, by key. For MLflow these keys get the end ``/model``, and
-            characters that MLflow does not allow become ``_``.
-        others: All other numbers, by key.
+        logger: A logger of the Trainer, or one of `wrap_loggers`.
+        row: The numbers of the step.
     """
+    if isinstance(logger, TensorBoardRuns):
+        logger.log_row(row)
+        return
+    model, others = row.flatten()
     if _is_mlflow(logger):
         # MLflow's FileStore keeps a metric as a file at the path of its key. The keys of layers
         # make a folder of altgrad/stall_frac/bf16, which therefore cannot be a file, too.
         # https://github.com/mlflow/mlflow/blob/master/mlflow/store/tracking/file_store.py
         model = {f"{key}/model": value for key, value in model.items()}
         model, others = _clean_for_mlflow(model), _clean_for_mlflow(others)
-    logger.log_metrics({**model, **others}, step=step)
+    logger.log_metrics({**model, **others}, step=row.step)
 
 
-def log_layout(
-    loggers: Iterable[Any],
-    formats: Sequence[str],
-    recipes: Sequence[str] = (),
-    *,
-    layers: bool = True,
-) -> None:
+def log_layout(loggers: Iterable[Any], row: Row) -> None:
     """Arrange charts of several lines on the page "Custom Scalars" of TensorBoard.
 
-    The model has a chart for each metric, with a line for each format or recipe. Layers have two
-    charts for each format and for each recipe, with a line for each layer that is logged. A later
-    call replaces the arrangement.
+    A later call replaces the arrangement.
 
     Args:
         loggers: Loggers of the Trainer; only TensorBoard has such a page.
-        formats: Names of the formats.
-        recipes: Names of the recipes for storing weights that are tried on samples (twins).
-        layers: If True, add the charts of layers.
+        row: A row with all figures that are logged.
     """
     for logger in loggers:
         if _is_tensorboard(logger):
-            logger.experiment.add_custom_scalars(_make_layout(formats, recipes, layers=layers))
+            logger.experiment.add_custom_scalars(make_layout(row))
 
 
 def log_histograms(loggers: Iterable[Any], step: int, histograms: Mapping[str, Histogram]) -> None:
@@ -129,17 +138,18 @@ def log_histograms(loggers: Iterable[Any], step: int, histograms: Mapping[str, H
         histograms: Histograms by key: ``steps/{format}`` for the model, ``steps/{format}/{layer}``
             for a layer. Empty histograms are left out.
     """
-    filled = {f"altgrad/{key}": each for key, each in histograms.items() if any(each.counts)}
+    filled = {key: each for key, each in histograms.items() if any(each.counts)}
     for logger in loggers if filled else ():
         if _is_tensorboard(logger):
-            for tag, each in filled.items():
+            for key, each in filled.items():
                 raw = _convert_for_tensorboard(each)
-                logger.experiment.add_histogram_raw(tag, **raw, global_step=step)
+                logger.experiment.add_histogram_raw(find_tag(key), **raw, global_step=step)
         elif _is_wandb(logger):
             from wandb import Histogram as Chart
 
             charts = {
-                tag: Chart(np_histogram=_convert_for_numpy(each)) for tag, each in filled.items()
+                f"altgrad/{key}": Chart(np_histogram=_convert_for_numpy(each))
+                for key, each in filled.items()
             }
             logger.log_metrics(charts, step)
 
@@ -150,25 +160,53 @@ def log_pictures(loggers: Iterable[Any], step: int, figures: Mapping[str, Figure
     Args:
         loggers: Loggers of the Trainer.
         step: The step to log at.
-        figures: Figures by key; each tag is ``altgrad/{key}``.
+        figures: Figures by key.
     """
     able = [logger for logger in loggers if can_show([logger])]
-    images = {f"altgrad/{key}": _render(figure) for key, figure in figures.items()} if able else {}
+    images = {key: _render(figure) for key, figure in figures.items()} if able else {}
     for logger in able if images else ():
         if _is_tensorboard(logger):
             import numpy as np
 
-            for tag, image in images.items():
+            for key, image in images.items():
                 pixels = np.asarray(image)
-                logger.experiment.add_image(tag, pixels, step, dataformats="HWC")
+                logger.experiment.add_image(find_tag(key), pixels, step, dataformats="HWC")
         else:
             from wandb import Image as Picture
 
-            logger.log_metrics({tag: Picture(image) for tag, image in images.items()}, step)
+            shown = {f"altgrad/{key}": Picture(image) for key, image in images.items()}
+            logger.log_metrics(shown, step)
+
+
+def log_panels(loggers: Iterable[Any], step: int, panels: Mapping[str, Lines]) -> None:
+    """Log a chart of the headline with a line for each recipe, a way to store weights, to wandb.
+
+    Args:
+        loggers: Loggers of the Trainer; only wandb has such panels.
+        step: The step to log at.
+        panels: Steps and values of each line, by name of the metric and of the recipe.
+    """
+    for logger in loggers:
+        if _is_wandb(logger) and panels:
+            from wandb.plot import line_series
+
+            charts = {
+                f"{HEADLINE_GROUP}/{metric}": line_series(
+                    [steps for steps, _ in lines.values()],
+                    [values for _, values in lines.values()],
+                    keys=[*lines],
+                    title=metric,
+                    xname="step",
+                )
+                for metric, lines in panels.items()
+            }
+            logger.log_metrics(charts, step)
 
 
 def log_verdict(loggers: Iterable[Any], step: int, assessment: Assessment) -> None:
     """Log the verdicts on a run and its layers, as text in TensorBoard and as a table in wandb.
+
+    wandb also gets the answer and the verdict on each recipe in the summary of the run.
 
     Args:
         loggers: Loggers of the Trainer.
@@ -185,6 +223,7 @@ def log_verdict(loggers: Iterable[Any], step: int, assessment: Assessment) -> No
             rows += [_make_row(a) for own in rank_layers(assessment).values() for a in own.values()]
             table = Table(columns=[*_COLUMNS], data=rows)
             logger.log_metrics({"altgrad/verdict": table}, step)
+            logger.experiment.summary.update(_summarize(assessment.runs))
 
 
 # --- the kinds of loggers
@@ -194,7 +233,8 @@ def log_verdict(loggers: Iterable[Any], step: int, assessment: Assessment) -> No
 
 
 def _is_tensorboard(logger: Any) -> bool:
-    return isinstance(logger, WriterLogger) or "TensorBoardLogger" in _class_names(logger)
+    known = (WriterLogger, TensorBoardRuns)
+    return isinstance(logger, known) or "TensorBoardLogger" in _class_names(logger)
 
 
 def _is_wandb(logger: Any) -> bool:
@@ -257,56 +297,6 @@ def _clean_for_mlflow(numbers: Mapping[str, float]) -> dict[str, float]:
     return cleaned
 
 
-# --- layout
-
-
-def _make_layout(
-    formats: Sequence[str], recipes: Sequence[str], *, layers: bool
-) -> dict[str, dict[str, list[Any]]]:
-    """Return categories of charts for TensorBoard's ``SummaryWriter.add_custom_scalars``."""
-    categories = {"AltGrad: model": _chart_model(_LEADING_METRICS)}
-    if recipes:
-        categories["AltGrad: twins"] = _chart_model(_TWIN_METRICS)
-    if layers:
-        kept = _chart_layers(_LAYER_METRICS, formats)
-        twins = _chart_layers(_LAYER_TWIN_METRICS, recipes)
-        categories["AltGrad: layers that keep least"] = kept | twins
-    others = [metric for metric in FORMAT_METRICS if metric not in _LEADING_METRICS]
-    return categories | {"AltGrad: model, more": _chart_model(others)}
-
-
-def _chart_model(metrics: Iterable[str]) -> dict[str, list[Any]]:
-    """Describe a chart of TensorBoard for each metric, with a line for each format or recipe.
-
-    Returns:
-        By title of the chart, the pattern of the tags that it shows.
-    """
-    return {metric: _match_tags(f"altgrad/{metric}/", "[^/]+") for metric in metrics}
-
-
-def _chart_layers(metrics: Sequence[str], names: Sequence[str]) -> dict[str, list[Any]]:
-    """Describe a chart of TensorBoard for each metric and name, with a line for each layer.
-
-    Args:
-        metrics: Names of metrics.
-        names: Names of formats or recipes.
-
-    Returns:
-        By title of the chart, the pattern of the tags that it shows.
-    """
-    return {
-        f"{metric}, {name}": _match_tags(f"altgrad/{metric}/{name}/", ".+")
-        for name in names
-        for metric in metrics
-    }
-
-
-def _match_tags(prefix: str, rest: str) -> list[Any]:
-    # TensorBoard draws a line for each tag that matches a regular expression:
-    # https://github.com/tensorflow/tensorboard/tree/master/tensorboard/plugins/custom_scalar
-    return ["Multiline", [f"^{re.escape(prefix)}{rest}$"]]
-
-
 # --- histograms and images
 
 
@@ -356,3 +346,15 @@ def _make_run_row(advice: RunAdvice) -> list[Any]:
 def _make_row(advice: Advice) -> list[Any]:
     figures = [advice.kept, advice.figures.get("frozen_frac", math.nan)]
     return [advice.layer, advice.recipe, str(advice.verdict), *figures, advice.reason]
+
+
+def _summarize(runs: Mapping[str, RunAdvice]) -> dict[str, str | float]:
+    """Return the answer, what to do, and the verdict on each recipe, for the summary of a run."""
+    summary: dict[str, str | float] = {
+        "altgrad/answer": write_answer(runs),
+        "altgrad/to_do": " ".join(list_actions(runs)),
+    }
+    for recipe, advice in runs.items():
+        summary[f"altgrad/verdict_word/{recipe}"] = write_word(advice)
+        summary[f"altgrad/frozen_share/{recipe}"] = advice.frozen_share
+    return summary

@@ -20,8 +20,9 @@ from altgrad.measurement.figures import Figures, model_figures
 from altgrad.measurement.histogram import Histogram
 from altgrad.measurement.step_record import StepRecord
 from altgrad.observation.step import SkipReason
-from altgrad.output.charts import Charts, Row
+from altgrad.output.charts import ChartKind, Charts, Row
 from altgrad.output.history import History
+from altgrad.output.panels import Panels
 from altgrad.report import (
     Assessment,
     Header,
@@ -31,8 +32,11 @@ from altgrad.report import (
     RunFileError,
     StandardErrors,
     describe_frozen_now,
+    find_frozen,
     ranges,
 )
+from altgrad.report.answers import is_low
+from altgrad.report.records.schema import RecipeInfo
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,17 +46,20 @@ class OutputSettings(NamedTuple):
     """Settings of an `Output`: which charts it makes, and what becomes of errors.
 
     Attributes:
-        layer_charts: Number of layers with charts of their own, or patterns of their names.
+        layer_charts: Number of layers with charts of their own, or patterns of their names; None
+            for as many as there is room for.
+        charts: ``"default"`` for the headline and DIAG-01 to 04, ``"all"`` for all metrics.
         histograms: If True, log histograms of updates in units of the spacing of each format, the
             distance between its neighbouring numbers at a weight.
         run_file: If True, a run file is written.
         strict: If True, errors of files and loggers are raised; otherwise each gives a warning.
     """
 
-    layer_charts: int | Sequence[str]
-    histograms: bool
-    run_file: bool
-    strict: bool
+    layer_charts: int | Sequence[str] | None = None
+    charts: ChartKind = "default"
+    histograms: bool = False
+    run_file: bool = True
+    strict: bool = False
 
 
 class Output:
@@ -87,14 +94,15 @@ class Output:
         self._settings = settings
         self._warn = warn
         self._describe_run = describe_run
-        self._loggers = [*loggers]
-        runs = boards.describe_runs(self._loggers)
+        runs = boards.describe_runs(loggers := [*loggers])
+        self._loggers = boards.wrap_loggers(loggers)
         self._header = Header.from_json({**describe_run(), "loggers": runs})
         self._known = _list_described(self._header.layers)
         self._latest: dict[str, Figures] = {}  # of each layer, from its last observed step
         self._written = 0  # number of records
         self._history = History()
-        self._has_layout = False
+        self._panels = Panels()
+        self._row: Row | None = None  # the last one that was logged
         self._has_warned = False  # of frozen layers
         self._write_seconds = 0.0  # of the last `write`
         self._last_step = first_step - 1
@@ -166,7 +174,8 @@ class Output:
         self.close()
 
     def close(self) -> None:
-        """Close the run file."""
+        """Close the run file, and the runs of formats and recipes in TensorBoard."""
+        self._try_loggers(boards.close_runs)
         file, self._file = self._file, None
         if file is not None:
             file.close()
@@ -181,8 +190,14 @@ class Output:
         }
 
     def _make_collectors(self) -> tuple[Charts, Judge]:
-        charts = Charts([*self._header.formats], self._settings.layer_charts)
-        header = self._header
+        header, settings = self._header, self._settings
+        charts = Charts(
+            [*header.formats],
+            settings.layer_charts,
+            settings.charts,
+            recipes=[*header.recipes],
+            is_low=is_low(header.layers, {}) or _is_rounded(header.now),
+        )
         return charts, Judge(header.formats, header.layers, header.recipes, header.now)
 
     def _load(self, state: Mapping[str, Any]) -> None:
@@ -259,9 +274,10 @@ class Output:
     # --- the loggers
 
     def _chart(self, rows: Sequence[Row]) -> None:
-        for step, model, others in rows:
-            log = partial(boards.log_scalars, step=step, model=model, others=others)
-            self._try_loggers(log)
+        for row in rows:
+            self._row = row
+            self._panels.add(row)
+            self._try_loggers(partial(boards.log_row, row=row))
 
     def _show(self, step: int, weights: Histogram | None) -> None:
         """Judge the run, write the verdicts to the run file, and draw pictures for loggers."""
@@ -283,23 +299,23 @@ class Output:
             self._warn(f"sees {notice}")
 
     def _draw(self, step: int, weights: Histogram | None, assessment: Assessment) -> None:
-        formats = [*self._header.formats]
-        recipes = [*dict.fromkeys([*self._charts.recipes, *self._header.recipes])]
-        if not self._has_layout:
-            self._has_layout = True
-            layers = bool(self._charts.charted)
-            self._try_loggers(
-                lambda logger: boards.log_layout([logger], formats, recipes, layers=layers)
-            )
+        if (row := self._row) is not None:
+            self._try_loggers(lambda logger: boards.log_layout([logger], row))
+        lines = self._panels.list_lines()
+        self._try_loggers(lambda logger: boards.log_panels([logger], step, lines))
         pictures: dict[str, Figure] = {}
-        self._try("pictures", lambda: pictures.update(self._pictures(weights)))
+        self._try("pictures", lambda: pictures.update(self._pictures(weights, assessment)))
         self._try_loggers(lambda logger: boards.log_pictures([logger], step, pictures))
         self._try_loggers(lambda logger: boards.log_verdict([logger], step, assessment))
 
-    def _pictures(self, weights: Histogram | None) -> dict[str, Figure]:
-        formats = [*self._header.formats.values()]
-        drawn = {} if weights is None else {"ranges": ranges(weights, formats)}
-        return drawn | self._history.draw_heat_maps()
+    def _pictures(self, weights: Histogram | None, assessment: Assessment) -> dict[str, Figure]:
+        """Draw the maps of layers, and then the ranges of the formats."""
+        formats = self._header.formats
+        frozen = {format: find_frozen(assessment, format) for format in formats}
+        pictures = self._history.draw_heat_maps(frozen)
+        if weights is not None:
+            pictures["ranges"] = ranges(weights, [*formats.values()])
+        return pictures
 
     def _step_histograms(self, record: StepRecord) -> dict[str, Histogram]:
         """Return histograms of log2(abs(update) / spacing of the format), by key.
@@ -334,7 +350,7 @@ class Output:
     def _try_loggers(self, log: Callable[[Any], object]) -> None:
         """Call `log` with each logger, and drop loggers that raise an error."""
         for logger in [*self._loggers]:
-            if not self._try(type(logger).__name__, partial(log, logger)):
+            if not self._try(boards.name_logger(logger), partial(log, logger)):
                 self._loggers.remove(logger)
 
     def _try(self, destination: str, write: Callable[[], object]) -> bool:
@@ -364,6 +380,11 @@ def explain_skipped(skipped: Mapping[SkipReason, int], *, have_moved: bool) -> s
     if not skipped:
         return ""
     return f"all were skipped, {dict(skipped)}{', and yet layers moved' if have_moved else ''}"
+
+
+def _is_rounded(now: RecipeInfo | None) -> bool:
+    """Return True if a run with tensors in float32 rounds weights or states after each step."""
+    return now is not None and bool(now.weights or now.states)
 
 
 def _is_even_power(number: int) -> bool:

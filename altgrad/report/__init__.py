@@ -14,8 +14,8 @@ Read it in this order:
    recipe takes, and `planning` chooses a recipe for each layer within a budget; `memory_table`,
    `plan_table` and `plan_code` show both.
 4. `terminal`, which prints `terminal_runs`, `layer_table` and `terminal_next`, `web_page`,
-   `markdown` and `exports` show the report; `answers`, `cells`, `names` and `printing` hold what
-   they share.
+   `markdown` and `exports` show the report; `answers`, `cells`, `colours`, `names` and `printing`
+   hold what they share.
 5. `comparison` compares two runs, and `comparison_table` shows it. If one of them predicted how the
    other is stored, which `matching` finds out, `confirmation` sets the prediction beside what
    happened; `confirmation_table` and `confirmation_drawing` show it.
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from altgrad.report.drawings import heat_map, kept_map, ranges, steps_histogram
     from altgrad.report.judging.decimals import format_kept
     from altgrad.report.judging.judge import Judge, StandardErrors, judge_run
-    from altgrad.report.judging.summaries import write_nonfinite, write_sentence
+    from altgrad.report.judging.summaries import write_nonfinite, write_sentence, write_word
     from altgrad.report.judging.verdicts import Advice, Assessment, RunAdvice, Verdict
     from altgrad.report.markdown import write_comment, write_verdicts
     from altgrad.report.memory import (
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from altgrad.report.next_lines import NextLine, list_next_lines
     from altgrad.report.plan_code import write_plan_code
     from altgrad.report.planning import Option, Plan, PlanError, Planned, make_plan
-    from altgrad.report.ranking import list_lost, rank_layers
+    from altgrad.report.ranking import find_frozen, list_lost, rank_layers
     from altgrad.report.records.fields import SCHEMA
     from altgrad.report.records.reading import read
     from altgrad.report.records.run import Row, Run
@@ -123,6 +123,7 @@ __all__ = [
     "describe_frozen_now",
     "describe_saved",
     "find_confirmation",
+    "find_frozen",
     "format_kept",
     "format_saved",
     "has_intervals",
@@ -154,6 +155,7 @@ __all__ = [
     "write_plan_code",
     "write_sentence",
     "write_verdicts",
+    "write_word",
 ]
 
 if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
@@ -178,7 +180,7 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
             "memory_table": "print_memory",
             "plan_code": "write_plan_code",
             "planning": "Option Plan PlanError Planned make_plan",
-            "ranking": "list_lost rank_layers",
+            "ranking": "find_frozen list_lost rank_layers",
             "records.fields": "SCHEMA",
             "records.reading": "read",
             "records.run": "Row Run",
@@ -186,7 +188,7 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
             "records.writing": "RunFile",
             "run_report": "RunReport",
             "terminal": "print_first_screen print_report",
-            "judging.summaries": "write_nonfinite write_sentence",
+            "judging.summaries": "write_nonfinite write_sentence write_word",
             "judging.verdicts": "Advice Assessment RunAdvice Verdict",
             "web_page": "confirmation_page page",
         },

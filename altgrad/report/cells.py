@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from altgrad.report.colours import STYLES
 from altgrad.report.judging.calibration import calibration
 from altgrad.report.judging.decimals import format_kept
 from altgrad.report.judging.summaries import hides_layers
@@ -17,18 +18,7 @@ from altgrad.report.ranking import LOST
 
 _LIMITS, _STEP_LIMITS = calibration().thresholds, calibration().step_thresholds
 
-COLOURS = {
-    Verdict.STORES_FINE: "green",
-    Verdict.WATCH: "yellow",
-    Verdict.NEEDS_REMEDY: "red",
-    Verdict.FROZEN: "bold red",
-    Verdict.STUCK: "bold red",
-    Verdict.OVERSHOOTS: "magenta",
-    Verdict.BREAKS: "bold red",
-    Verdict.RANGE: "magenta",
-    Verdict.UNCERTAIN: "cyan",
-    Verdict.NOT_JUDGED: "dim",
-}
+COLOURS = STYLES
 """Colour of each verdict, as a style of the library rich."""
 
 MEANINGS = {

@@ -2,14 +2,14 @@
 
 The pictures are `heat_map`, `kept_map`, `steps_histogram` and `ranges`. A map of more than 60
 layers shows the 60 worst layers, and its title says so. The colours are distinct for colour-blind
-readers, and a cell without a value is grey and hatched.
+readers, a cell without a value is grey and hatched, and what never moves is black.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from altgrad._messages import format_count, format_percent
@@ -23,8 +23,19 @@ from altgrad.report.canvas import (
     png,
     svg,
 )
+from altgrad.report.colours import (
+    FROZEN,
+    KEPT,
+    LOST,
+    MISSING,
+    OVER,
+    SHARE_SCALE,
+    find_share_colour,
+    find_text_colour,
+)
 from altgrad.report.judging.calibration import calibration
 from altgrad.report.judging.decimals import format_kept
+from altgrad.report.judging.verdicts import Verdict
 from altgrad.report.means import average_finite
 from altgrad.report.names import shorten_names
 from altgrad.report.records.schema import FormatInfo
@@ -45,24 +56,32 @@ _MEANINGS = {
     "stall_frac": "share of the updates that vanish",
     "never_moved_frac": "share of the weights that never moved",
 }
-# Orange, blue and purple of Okabe and Ito: https://jfly.uni-koeln.de/color/
-_LOST, _KEPT, _OVER, _PALE, _GREY = "#d55e00", "#0072b2", "#cc79a7", "#cfe3f3", "#999999"
+_PALE, _GREY = "#cfe3f3", "#999999"
 _TOO_FEW_TO_SEE = 1e-3  # share of the elements below which an octave is left out at the ends
 _THRESHOLD = -1  # log2 of half a grid spacing: a smaller update of a weight on the grid stalls
+_FROZEN_WORD = Verdict.FROZEN.short
+_CELL_TEXT: dict[str, Any] = {"ha": "center", "va": "center_baseline", "size": 7, "zorder": 4}
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @in_default_style
 def heat_map(
-    values: Mapping[str, Mapping[int, float]], *, title: str, label: str = "stall_frac"
+    values: Mapping[str, Mapping[int, float]],
+    *,
+    title: str,
+    label: str = "stall_frac",
+    frozen: Collection[str] = (),
 ) -> Figure:
     """Draw a metric as a map of layers by steps, with dark colours for bad figures.
+
+    A layer that never moves is a black row, and so differs from one that is merely dark.
 
     Args:
         values: By name of the layer, and then by step, the figure. A layer that is observed less
             often than other layers keeps its last figure in between.
         title: Heading, such as the name of the format.
         label: Name of the metric. Figures below 0 are drawn as 0, figures above 1 as 1.
+        frozen: Names of the layers that never move.
 
     Returns:
         The figure.
@@ -78,15 +97,20 @@ def heat_map(
     if not groups:
         return finish_empty_figure(figure, "no step has been observed yet")
     shares = [_average_columns(values[name], groups) for name in shown]
-    _draw_shares(axes, shares, "YlOrRd_r" if good else "YlOrRd")
+    _draw_shares(axes, shares, SHARE_SCALE if good else SHARE_SCALE[::-1])
+    still = [row for row, name in enumerate(shown) if name in frozen]
+    for row in still:
+        _draw_frozen(axes, row, 0, len(groups))
+        _write_word(axes, (len(groups) - 1) / 2, row, _FROZEN_WORD)
     _name_rows(axes, shown)
     ticks = _spread_ticks(len(groups), 10)
     axes.set_xticks(ticks, [str(groups[tick][0]) for tick in ticks], size=7)
     mean = f", a column is the mean of {width}" if width > 1 else ""
     over = f"; {_write_over()}" if any(map(_is_over, itertools.chain(*shares))) else ""
     hatched = "; grey: no value" if any(math.isnan(x) for row in shares for x in row) else ""
+    black = f"; black: {_FROZEN_WORD}, never moves" if still else ""
     meaning = f", the {_MEANINGS[label]}" if label in _MEANINGS else ""
-    axes.set_xlabel(f"step{mean}\ncolour: {label}{meaning}{over}{hatched}", size=8)
+    axes.set_xlabel(f"step{mean}\ncolour: {label}{meaning}{black}{over}{hatched}", size=8)
     bar = figure.colorbar(axes.images[0], ax=axes, aspect=30, pad=0.015)
     ends = ("0: all lost", "1: all kept") if good else ("0: none", "1: all")
     bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=[ends[0], "0.25", "0.5", "0.75", ends[1]], size=7)
@@ -121,7 +145,7 @@ def kept_map(
     if not recipes:
         return finish_empty_figure(figure, "no step has been observed yet")
     shares = [[kept[name].get(recipe, math.nan) for recipe in recipes] for name in shown]
-    _draw_shares(axes, shares, "RdYlBu")
+    _draw_shares(axes, shares, SHARE_SCALE)
     for row, name in enumerate(shown):
         for column, recipe in enumerate(recipes):
             word = words.get(name, {}).get(recipe, "")
@@ -131,7 +155,7 @@ def kept_map(
     _name_rows(axes, shown)
     over = f"; {_write_over()}" if any(map(_is_over, itertools.chain(*shares))) else ""
     axes.set_xlabel(
-        f"share of the progress kept: 1 all, 0 nothing; frozen: never moves{over}", size=8
+        f"share of the progress kept: 1 all, 0 nothing; black: never moves{over}", size=8
     )
     return finish_figure(figure)
 
@@ -158,7 +182,7 @@ def steps_histogram(histograms: Mapping[str, Histogram]) -> Figure:
     first = min(*(start for start, _ in spans), _THRESHOLD - 3)
     end = max(*(stop for _, stop in spans), _THRESHOLD + 4)
     for axes, (format, histogram) in zip(each, histograms.items(), strict=True):
-        _draw_bins(axes, histogram, lambda octave: _LOST if octave < _THRESHOLD else _KEPT)
+        _draw_bins(axes, histogram, lambda octave: LOST if octave < _THRESHOLD else KEPT)
         axes.axvline(_THRESHOLD, color="black", lw=1.2)
         axes.set_ylabel(shorten_names([format], 28)[0], size=9, rotation=0, ha="right", va="center")
         _write_lost_and_kept(axes, histogram)
@@ -274,24 +298,24 @@ def _average_columns(values: Mapping[int, float], groups: Sequence[Sequence[int]
     return columns
 
 
-def _draw_shares(axes: Axes, shares: Sequence[Sequence[float]], colours: str) -> None:
+def _draw_shares(axes: Axes, shares: Sequence[Sequence[float]], colours: Sequence[str]) -> None:
     """Draw a matrix of shares, given by rows, as coloured cells; NaN is grey and hatched.
 
     Shares so far above 1 that a layer overshoots are purple, and not of the colour of 1. `colours`
-    is the name of a colour map of matplotlib.
+    are those of shares that are evenly spaced from 0 to 1.
     """
-    from matplotlib import colormaps
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Rectangle
 
     # A kept_update_ratio can lie far outside of 0 and 1, where matplotlib's arithmetic overflows.
     clamped = [
         [2.0 if _is_over(share) else min(max(share, 0), 1) for share in row] for row in shares
     ]
-    cmap = colormaps[colours].with_extremes(over=_OVER)
-    axes.imshow(clamped, vmin=0, vmax=1, cmap=cmap, aspect="auto", interpolation="nearest")
+    scale = LinearSegmentedColormap.from_list("shares", [*colours]).with_extremes(over=OVER)
+    axes.imshow(clamped, vmin=0, vmax=1, cmap=scale, aspect="auto", interpolation="nearest")
     axes.images[0].set_zorder(2)  # above the hatched rectangle, which NaN leaves visible
     behind: dict[str, Any] = {
-        "facecolor": "#e4e4e4",
+        "facecolor": MISSING,
         "edgecolor": _GREY,
         "hatch": "////",
         "lw": 0,
@@ -301,16 +325,32 @@ def _draw_shares(axes: Axes, shares: Sequence[Sequence[float]], colours: str) ->
     axes.spines[:].set_visible(False)
 
 
+def _draw_frozen(axes: Axes, row: int, first: int, count: int) -> None:
+    """Paint `count` cells of a row black, from the column `first` on."""
+    from matplotlib.patches import Rectangle
+
+    # A thin white edge keeps neighbouring rows apart.
+    style: dict[str, Any] = {"facecolor": FROZEN, "edgecolor": "white", "lw": 0.5, "zorder": 3}
+    axes.add_patch(Rectangle((first - 0.5, row - 0.5), count, 1, **style))
+
+
 def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), shorten_names(names), size=7)
     axes.tick_params(axis="y", length=0)
 
 
 def _write_share(axes: Axes, column: int, row: int, share: float, word: str) -> None:
-    text = word or format_kept(share) or "–"
-    is_dark = share <= 0.15 or (share >= 0.85 and not _is_over(share))
-    colour = "white" if is_dark else "black"
-    axes.text(column, row, text, ha="center", va="center_baseline", size=7, color=colour, zorder=3)
+    """Write a share into its cell; a cell with a word is black and has the word alone."""
+    if word:
+        _draw_frozen(axes, row, column, 1)
+        _write_word(axes, column, row, word)
+        return
+    colour = find_text_colour(find_share_colour(share))
+    axes.text(column, row, format_kept(share) or "–", color=colour, **_CELL_TEXT)
+
+
+def _write_word(axes: Axes, column: float, row: int, word: str) -> None:
+    axes.text(column, row, word, color="white", **_CELL_TEXT)
 
 
 def _spread_ticks(count: int, most: int) -> list[int]:
@@ -352,10 +392,10 @@ def _write_lost_and_kept(axes: Axes, histogram: Histogram) -> None:
         axes.text(0.01, 1, "no update", color=_GREY, **place)
         return
     axes.text(
-        0.01, 1, f"{format_percent(lost / total)} too small to move a weight", color=_LOST, **place
+        0.01, 1, f"{format_percent(lost / total)} too small to move a weight", color=LOST, **place
     )
     kept = format_percent(1 - lost / total)
-    axes.text(0.99, 1, f"{kept} large enough", color=_KEPT, ha="right", **place)
+    axes.text(0.99, 1, f"{kept} large enough", color=KEPT, ha="right", **place)
 
 
 def _draw_range(
@@ -367,9 +407,9 @@ def _draw_range(
     """
     low, high = math.log2(format.smallest) + shift, math.log2(format.max) + shift
     normal = min(math.log2(format.smallest_normal) + shift, high)
-    pale: dict[str, Any] = {"color": _PALE, "hatch": "/////", "edgecolor": _KEPT, "lw": 0}
+    pale: dict[str, Any] = {"color": _PALE, "hatch": "/////", "edgecolor": KEPT, "lw": 0}
     axes.barh(row, normal - low, left=low, height=0.6, **pale)
-    axes.barh(row, high - normal, left=normal, height=0.6, color=_KEPT)
+    axes.barh(row, high - normal, left=normal, height=0.6, color=KEPT)
     text: dict[str, Any] = {"va": "center_baseline", "size": 7, "color": "black"}
     text["bbox"] = {"facecolor": "white", "lw": 0, "pad": 1}
     if low < view[0]:

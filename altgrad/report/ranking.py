@@ -48,6 +48,20 @@ def list_lost(assessment: Assessment) -> list[str]:
     ]
 
 
+def find_frozen(assessment: Assessment, recipe: str) -> set[str]:
+    """Return the names of the layers that never move under a recipe, a way to store weights.
+
+    Args:
+        assessment: Verdicts on a run and its layers.
+        recipe: Name of the recipe.
+    """
+    return {
+        each.layer
+        for each in assessment.advice
+        if each.recipe == recipe and each.verdict is Verdict.FROZEN
+    }
+
+
 def _is_lost(advice: Mapping[str, Advice], *, has_now: bool) -> bool:
     return any(
         each.verdict in LOST for recipe, each in advice.items() if recipe == NOW or not has_now

@@ -27,7 +27,7 @@ from altgrad.report.judging.judge import judge_run
 from altgrad.report.judging.verdicts import Advice, Assessment
 from altgrad.report.means import average_finite
 from altgrad.report.no_steps import explain_no_step
-from altgrad.report.ranking import LOST, rank_layers
+from altgrad.report.ranking import LOST, find_frozen, rank_layers
 from altgrad.report.records.run import Row, Run
 
 if TYPE_CHECKING:
@@ -255,7 +255,10 @@ class RunReport:
             key = f"stall_frac/{format}"
             judged = [name for name, layer in self.run.layers.items() if format in layer.formats]
             values = {name: self.run.series(key, name) for name in judged}
-            pictures[f"stalls-{k}"] = heat_map(values, title=f"stall_frac in {format}")
+            frozen = find_frozen(self.assessment, format)
+            pictures[f"stalls-{k}"] = heat_map(
+                values, title=f"stall_frac in {format}", frozen=frozen
+            )
         return pictures
 
     def _list_model_rows(self) -> list[Row]:

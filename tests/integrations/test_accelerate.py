@@ -130,7 +130,7 @@ def test_trackers_get_the_figures(tmp_path: Path) -> None:
     assert tracker.logged[1]["altgrad/update_rms"] == rms
     events = EventAccumulator(str(tmp_path / "project")).Reload()
     assert events.Scalars("altgrad/update_rms")[1].value == pytest.approx(rms, rel=1e-6)
-    assert "altgrad/ranges" in events.Tags()["images"]
+    assert "5-AltGrad-ranges/ranges" in events.Tags()["images"]
 
 
 def test_a_saved_state_goes_on_with_the_run(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_loggers_of_fabric_get_figures_and_pictures(tmp_path: Path) -> None:
     (_, last) = events.Scalars("altgrad/update_rms")
     rms = watched.latest.model["update_rms"]
     assert (last.step, last.value) == (3, pytest.approx(rms, rel=1e-6))
-    assert "altgrad/ranges" in events.Tags()["images"]
+    assert "5-AltGrad-ranges/ranges" in events.Tags()["images"]
 
 
 def test_a_checkpoint_of_fabric_goes_on_with_the_run(tmp_path: Path) -> None:

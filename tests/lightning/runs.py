@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from altgrad import DEFAULT_FORMATS, Figures, get_format, measure
+from altgrad.measurement.catalogue import NOW, TWIN_METRICS
 from altgrad.measurement.figures import tensor_figures
 from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.metrics import FORMULAS, Share
@@ -117,9 +118,34 @@ def around(
 
 
 def logged(folder: str) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(folder).Reload()
-    tags = events.Tags()["scalars"]
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+    """Return the scalars of a TensorBoard run by tag, those of AltGrad as ``altgrad/{key}``."""
+    found = {}
+    for run in ("", *(each.name for each in Path(folder).glob("altgrad/*"))):
+        events = EventAccumulator(f"{folder}/altgrad/{run}" if run else folder).Reload()
+        for tag in events.Tags()["scalars"]:
+            steps = [(each.step, each.value) for each in events.Scalars(tag)]
+            found[restore_key(tag, run)] = steps
+    return found
+
+
+def restore_key(tag: str, run: str) -> str:
+    """Return the key of a tag of TensorBoard, given the name of the run of a format or recipe."""
+    group, _, key = tag.partition("/")
+    if "-AltGrad" not in group:
+        return tag
+    metric, slash, layer = key.partition("/")
+    if metric == "monitor":
+        return f"altgrad/{key}"
+    if not run and metric in {*TWIN_METRICS, "frozen_layers"}:
+        run = NOW
+    return f"altgrad/{metric}{f'/{run}' if run else ''}{slash}{layer}"
+
+
+def count_scalars(folder: str) -> int:
+    """Return the number of scalars of AltGrad in all event files below a folder."""
+    runs = {file.parent for file in Path(folder).rglob("events.*")}
+    tags = [tag for run in runs for tag in EventAccumulator(str(run)).Reload().Tags()["scalars"]]
+    return sum("-AltGrad" in tag for tag in tags)
 
 
 def fit(folder: Path, monitor: PrecisionMonitor, steps: int = 6, **options: Any) -> pl.Trainer:

@@ -20,13 +20,14 @@ from tests.lightning.runs import (
     RecordingAdamW,
     assert_last_step,
     batches,
+    count_scalars,
     fit,
     logged,
     trainer,
 )
 
 PER_FORMAT = (
-    *("kept_update_ratio", "stall_frac", "stiffness_mean"),
+    *("kept_update_ratio", "stall_frac", "stiffness_mean", "on_grid_frac"),
     *("grad_stiff_correlation", "grad_below_stiffness_frac"),
 )
 
@@ -51,7 +52,7 @@ PER_MONITOR = ("own_share", "elements", "skipped_steps")
 
 @pytest.mark.default_twins
 def test_the_event_file_has_the_documented_keys(tmp_path: Path) -> None:
-    monitor = PrecisionMonitor()
+    monitor = PrecisionMonitor(charts="all")
     run = fit(tmp_path, monitor)
     scalars = logged(run.logger.log_dir)
     layers = [name for name, _ in Net().named_parameters()]
@@ -63,7 +64,8 @@ def test_the_event_file_has_the_documented_keys(tmp_path: Path) -> None:
         for format in formats
         for layer in layers
     }
-    expected |= {f"altgrad/monitor/{key}" for key in PER_MONITOR}
+    expected |= {f"altgrad/monitor/{key}" for key in PER_MONITOR} | {"altgrad/lost_now"}
+    expected |= {f"altgrad/frozen_layers/{recipe}" for recipe in RECIPES}
     expected |= {f"altgrad/{metric}" for metric in LAYER_METRICS}
     expected |= {f"altgrad/{metric}/{format}" for metric in FORMAT_METRICS for format in formats}
     expected |= {f"altgrad/{metric}/{r}" for metric in (*OF_TWINS, *STATES) for r in RECIPES}
@@ -82,7 +84,7 @@ def test_the_event_file_has_the_documented_keys(tmp_path: Path) -> None:
 
 
 def test_figures_are_logged_at_the_steps_of_the_loss(tmp_path: Path) -> None:
-    run = fit(tmp_path, PrecisionMonitor())
+    run = fit(tmp_path, PrecisionMonitor(charts="all"))
     scalars = logged(run.logger.log_dir)
     steps = [step for step, _ in scalars["loss"]]
     assert steps == [1, 3, 5]
@@ -90,7 +92,9 @@ def test_figures_are_logged_at_the_steps_of_the_loss(tmp_path: Path) -> None:
 
 
 def test_figures_are_logged_at_the_steps_of_the_loss_with_accumulation(tmp_path: Path) -> None:
-    run = fit(tmp_path, PrecisionMonitor(), accumulate_grad_batches=2, log_every_n_steps=1)
+    run = fit(
+        tmp_path, PrecisionMonitor(charts="all"), accumulate_grad_batches=2, log_every_n_steps=1
+    )
     scalars = logged(run.logger.log_dir)
     loss_steps = [step for step, _ in scalars["loss"]]
     own_steps = [step for step, _ in scalars["altgrad/stall_frac/bf16/layers.0.weight"]]
@@ -98,7 +102,7 @@ def test_figures_are_logged_at_the_steps_of_the_loss_with_accumulation(tmp_path:
 
 
 def test_every_n_steps_is_independent_of_the_trainer(tmp_path: Path) -> None:
-    run = fit(tmp_path, PrecisionMonitor(every_n_steps=3))
+    run = fit(tmp_path, PrecisionMonitor(every_n_steps=3, charts="all"))
     own = logged(run.logger.log_dir)["altgrad/stall_frac/bf16/layers.0.weight"]
     assert [step for step, _ in own] == [2, 5]
 
@@ -143,7 +147,7 @@ def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path)
 
 def test_layer_charts_selects_the_layers_that_keep_least(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    monitor = PrecisionMonitor(layer_charts=2, formats=["bf16"])
+    monitor = PrecisionMonitor(layer_charts=2, charts="all", formats=["bf16"])
     run = trainer(tmp_path, monitor)
     run.fit(Net(depth=4), batches(6))
     tags = [tag for tag in logged(run.logger.log_dir) if tag.startswith("altgrad/stall_frac/bf16/")]
@@ -154,18 +158,55 @@ def test_layer_charts_selects_the_layers_that_keep_least(tmp_path: Path) -> None
     assert len(monitor.latest) == 10
 
 
-@pytest.mark.parametrize(("arguments", "most"), [({}, 460), ({"recipes": ()}, 250)], ids=str)
-@pytest.mark.default_twins
-def test_a_deep_model_has_few_charts_by_default(tmp_path: Path, arguments: Any, most: int) -> None:
-    run = trainer(tmp_path, PrecisionMonitor(**arguments))
-    run.fit(Net(depth=60), batches(2))
+def list_scalars(folder: Path, **arguments: Any) -> list[str]:
+    """Return the keys that a run of a net with 42 layers logs, and check that none is lost."""
+    run = trainer(folder, PrecisionMonitor(**arguments))
+    run.fit(Net(depth=20), batches(2))
     own = [tag for tag in logged(run.logger.log_dir) if tag.startswith("altgrad/")]
-    recipes = 0 if arguments else len(RECIPES)
-    model_charts = len(PER_MONITOR) + len(LAYER_METRICS) + 3 * len(FORMAT_METRICS)
-    model_charts += recipes * (len(OF_TWINS) + len(STATES))
-    layer_charts = len(PER_LAYER) + 3 * len(PER_FORMAT) + recipes * len(PER_RECIPE)
+    assert len(own) == count_scalars(run.logger.log_dir)
+    return own
+
+
+@pytest.mark.default_twins
+def test_all_charts_are_those_of_eight_layers_and_of_the_model(tmp_path: Path) -> None:
+    own = list_scalars(tmp_path, charts="all")
+    model_charts = len(PER_MONITOR) + len(LAYER_METRICS) + 3 * len(FORMAT_METRICS) + len(["lost"])
+    model_charts += len(RECIPES) * (len(OF_TWINS) + len(STATES) + len(["frozen_layers"]))
+    layer_charts = len(PER_LAYER) + 3 * len(PER_FORMAT) + len(RECIPES) * len(PER_RECIPE)
     assert len(own) == 8 * layer_charts + model_charts
-    assert len(own) <= most
+
+
+@pytest.mark.parametrize(
+    ("arguments", "charted"), [({}, 4), ({"recipes": ()}, 5), ({"formats": "bf16"}, 8)], ids=str
+)
+@pytest.mark.default_twins
+def test_a_deep_model_has_at_most_80_scalars_by_default(
+    tmp_path: Path, arguments: Any, charted: int
+) -> None:
+    own = list_scalars(tmp_path, **arguments)
+    assert 30 < len(own) <= 80
+    formats = [arguments["formats"]] if "formats" in arguments else ["bf16", "e4m3fn", "e5m2"]
+    assert {"altgrad/lost_now", "altgrad/monitor/own_share"} <= {*own}
+    recipes = [each for each in RECIPES if each.startswith(tuple(formats))]
+    kept, names = ("progress_kept", recipes)
+    if "recipes" in arguments:
+        kept, names = ("kept_update_ratio", formats)
+    for name in names:
+        assert {f"altgrad/{kept}/{name}", f"altgrad/frozen_layers/{name}"} <= {*own}
+    layers = {key.rpartition("/")[2] for key in own if key.startswith("altgrad/ulp_mean/")}
+    assert len(layers) == charted
+    # DIAG-01 to 04, of the model and of each charted layer.
+    for end in ("", *(f"/{layer}" for layer in layers)):
+        assert {f"altgrad/{metric}{end}" for metric in ("ulp_mean", "ulp_zero_frac")} <= {*own}
+        for metric in ("stiffness_mean", "on_grid_frac", "grad_stiff_correlation"):
+            assert {f"altgrad/{metric}/{format}{end}" for format in formats} <= {*own}
+
+
+@pytest.mark.default_twins
+def test_layers_that_are_named_are_charted_even_beyond_80_scalars(tmp_path: Path) -> None:
+    own = list_scalars(tmp_path, layer_charts=["layers.1?.weight"])
+    assert len([key for key in own if key.startswith("altgrad/ulp_mean/")]) == 10
+    assert len(own) > 80
 
 
 def test_a_step_that_is_not_due_copies_nothing(tmp_path: Path, monkeypatch: Any) -> None:

@@ -98,7 +98,7 @@ def test_a_run_that_ends_early_logs_the_last_pictures_and_verdicts(
     with pytest.raises((SystemExit, error)):
         run.fit(Ending(), batches(8))
     tags = EventAccumulator(run.logger.log_dir, size_guidance={"images": 0, "tensors": 0}).Reload()
-    assert [event.step for event in tags.Images("altgrad/ranges")] == [0, 3, 5]
+    assert [event.step for event in tags.Images("5-AltGrad-ranges/ranges")] == [0, 3, 5]
     texts = tags.Tensors("altgrad/verdict/text_summary")
     assert [event.step for event in texts] == [0, 3, 5]
     text = html.unescape(texts[-1].tensor_proto.string_val[0].decode())

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS
-from altgrad.output.charts import PER_LAYER, PER_LAYER_AND_FORMAT, Charts, Row
+from altgrad.output.charts import PER_LAYER, PER_LAYER_AND_FORMAT, Charts, Row, check_charts
 
 FORMATS = ("bf16", "e5m2")
 
@@ -45,12 +45,18 @@ def rows(charts: Charts, *steps: Mapping[str, Figures]) -> list[tuple[int, dict[
 
 
 def merge_row(row: Row) -> dict[str, float]:
-    assert not row.model.keys() & row.others.keys()
-    return row.model | row.others
+    model, others = row.flatten()
+    assert not model.keys() & others.keys()
+    return model | others
+
+
+def make_all(layers: int | list[str]) -> Charts:
+    """Make charts of all metrics."""
+    return Charts(FORMATS, layers, "all")
 
 
 def test_rows_wait_until_the_charted_layers_are_chosen() -> None:
-    charts = Charts(FORMATS, 2)
+    charts = make_all(2)
     unknown = {name: figures() for name in "abc"}
     assert charts.add(0, figures(), unknown, {}) == []
     known = {"a": figures(0.9), "b": figures(0.1), "c": figures(0.2)}
@@ -65,7 +71,7 @@ def test_rows_wait_until_the_charted_layers_are_chosen() -> None:
 
 def test_keys_stay_where_layers_and_figures_are_missing() -> None:
     steps = [{"a": figures(0.1)}, {}, {"a": figures()}]
-    found = rows(Charts(FORMATS, 1), *steps)
+    found = rows(make_all(1), *steps)
     assert [step for step, _ in found] == [0, 1, 2]
     assert len({tuple(charts) for _, charts in found}) == 1
     values = [charts["altgrad/kept_update_ratio/e5m2/a"] for _, charts in found]
@@ -92,18 +98,18 @@ def test_layers_that_appear_later_join_the_charted_ones(
     """A backbone is unfrozen, or a second network is stepped in other batches than the first."""
     kept = {"a": {"a": 0.1, "b": 0.2}, "c": {"d": 0.4, "c": 0.3, "x": 0.9}, "e": {"e": 0.0}}
     layers = {key: {name: figures(value) for name, value in kept[key].items()} for key in kept}
-    charts = Charts(FORMATS, chosen)
+    charts = make_all(chosen)
     for key, names in expected.items():
         for _ in range(2):  # the second time nothing is new
             rows(charts, layers[key])
             assert " ".join(charts.charted) == names
-        resumed = Charts(FORMATS, chosen)
+        resumed = make_all(chosen)
         resumed.load_state_dict(charts.state_dict())
         charts = resumed
 
 
 def test_a_later_layer_is_charted_once_it_has_figures() -> None:
-    charts = Charts(FORMATS, 1)
+    charts = make_all(1)
     rows(charts, {"a": figures(0.1)}, {"b": figures()})
     assert [*charts.charted] == ["a"]
     rows(charts, {"b": figures(0.5)})
@@ -112,23 +118,23 @@ def test_a_later_layer_is_charted_once_it_has_figures() -> None:
 
 def test_layers_are_charted_by_pattern_or_not_at_all() -> None:
     layers = {"a.weight": figures(0.9), "b.weight": figures(0.1), "b.bias": figures(0.0)}
-    charts = Charts(FORMATS, ["*.weight", "missing"])
+    charts = make_all(["*.weight", "missing"])
     rows(charts, layers)
     assert [*charts.charted] == ["a.weight", "b.weight"]
-    charts = Charts(FORMATS, 0)
+    charts = make_all(0)
     ((_, row),) = rows(charts, layers)
     assert not [key for key in row if key.split("/")[-1] in layers]
 
 
 def test_a_layer_is_charted_for_its_own_formats() -> None:
-    ((_, row),) = rows(Charts(FORMATS, 8), {"a": figures(0.1, ("bf16",)), "b": figures(0.1)})
+    ((_, row),) = rows(make_all(8), {"a": figures(0.1, ("bf16",)), "b": figures(0.1)})
     assert "altgrad/stall_frac/bf16/a" in row
     assert "altgrad/stall_frac/e5m2/a" not in row
     assert "altgrad/stall_frac/e5m2/b" in row
 
 
 def test_rows_wait_for_at_most_20_steps() -> None:
-    charts = Charts(FORMATS, 1)
+    charts = make_all(1)
     waited = [len(charts.add(k, figures(), {"a": figures()}, {})) for k in range(22)]
     assert sum(waited) == 22
     assert max(waited) == 20
@@ -136,7 +142,7 @@ def test_rows_wait_for_at_most_20_steps() -> None:
 
 
 def test_a_resumed_run_charts_the_same_layers() -> None:
-    charts, resumed = Charts(FORMATS, 1), Charts(FORMATS, 1)
+    charts, resumed = make_all(1), make_all(1)
     rows(charts, {"a": figures(0.1), "b": figures(0.2)})
     resumed.load_state_dict(charts.state_dict())
     rows(resumed, {"a": figures(0.9), "b": figures(0.2)})
@@ -144,7 +150,7 @@ def test_a_resumed_run_charts_the_same_layers() -> None:
 
 
 def test_a_share_of_single_updates_is_not_compared_with_one_of_twins() -> None:
-    charts = Charts(FORMATS, 1)
+    charts = make_all(1)
     rows(charts, {"a": figures(0.1), "b": make_kept(bf16=0.9)})
     assert [*charts.charted] == ["b"]
 
@@ -154,7 +160,7 @@ def test_rows_that_wait_are_logged_by_a_resumed_run_as_by_one_without_a_stop() -
     for layer in unknown.values():
         layer.update({"progress_kept/bf16": math.nan, "unmoved_frac": 0.75})
     known = {"a": figures(0.9), "b": figures(0.1)}
-    whole, stopped, resumed = (Charts(FORMATS, 1) for _ in range(3))
+    whole, stopped, resumed = (make_all(1) for _ in range(3))
     for charts in (whole, stopped):
         for step in range(3):
             assert charts.add(step, add_twins(figures(0.5), "bf16"), unknown, {"a": 0.5}) == []
@@ -167,43 +173,43 @@ def test_rows_that_wait_are_logged_by_a_resumed_run_as_by_one_without_a_stop() -
 
 def test_a_resumed_run_keeps_the_charts_of_twins_that_have_ended() -> None:
     both = add_twins(figures(0.1), "bf16", "bf16-true")
-    charts, resumed = Charts(FORMATS, 1), Charts(FORMATS, 1)
+    charts, resumed = make_all(1), make_all(1)
     rows(charts, {"a": both})
     charts.add(1, both, {"a": both}, {})
     resumed.load_state_dict(charts.state_dict())
     (row,) = resumed.add(2, figures(0.1), {"a": figures(0.1)}, {})
-    assert math.isnan(row.model["altgrad/drift/bf16-true"])
-    assert math.isnan(row.others["altgrad/progress_kept/bf16-true/a"])
+    assert math.isnan(row.model["drift/bf16-true"])
+    assert math.isnan(row.layers["a"]["progress_kept/bf16-true"])
     assert resumed.recipes == ["bf16", "bf16-true"]
 
 
 def test_a_state_of_version_0_1_0_has_no_rows_that_wait() -> None:
-    charts = Charts(FORMATS, 1)
+    charts = make_all(1)
     charts.load_state_dict({"charted": {"a": FORMATS}})
     assert charts.take_waiting() == []
     assert [row.step for row in charts.add(5, figures(), {"a": figures()}, {})] == [5]
 
 
 def test_figures_of_twins_but_moved_rms_are_charted_for_the_model_and_two_for_a_layer() -> None:
-    charts = Charts(FORMATS, 1)
+    charts = make_all(1)
     layers = {"a": add_twins(figures(0.1), "bf16", "e5m2-sr"), "b": figures(0.9)}
     model = add_twins(figures(0.5), "bf16", "e5m2-sr", states=("exp_avg_sq",))
     (row,) = charts.add(0, model, layers, {})
     for recipe in ("bf16", "e5m2-sr"):
         for metric in ("progress_kept", "drift", "frozen_frac", "exp_avg_sq_ratio"):
-            assert row.model[f"altgrad/{metric}/{recipe}"] == 0.25
+            assert row.model[f"{metric}/{recipe}"] == 0.25
         assert f"moved_rms/{recipe}" in model
-        assert f"altgrad/moved_rms/{recipe}" not in row.model
-    of_layer = {key for key, value in row.others.items() if value == 0.25}
+        assert f"moved_rms/{recipe}" not in row.model
+    of_layer = {key for key, value in row.layers["a"].items() if value == 0.25}
     assert of_layer == {
-        f"altgrad/{metric}/{recipe}/a"
+        f"{metric}/{recipe}"
         for metric in ("progress_kept", "frozen_frac")
         for recipe in ("bf16", "e5m2-sr")
     }
 
 
 def test_keys_of_twins_stay_after_the_twins_have_ended() -> None:
-    charts = Charts(FORMATS, 2)
+    charts = make_all(2)
     both = add_twins(figures(0.1), "bf16", "bf16-true")
     one = add_twins(figures(0.1), "bf16")
     kept = [charts.add(k, each, {"a": each}, {}) for k, each in enumerate((both, one, figures()))]
@@ -216,10 +222,11 @@ def test_keys_of_twins_stay_after_the_twins_have_ended() -> None:
 
 
 def test_a_layer_without_twins_has_no_charts_of_twins() -> None:
-    charts = Charts(FORMATS, 2)
+    charts = make_all(2)
     layers = {"a": add_twins(figures(0.1), "bf16"), "b": figures(0.2)}
     (row,) = charts.add(0, layers["a"], layers, {})
-    assert [key for key in row.others if "progress_kept" in key] == ["altgrad/progress_kept/bf16/a"]
+    kept = [key for key in row.flatten()[1] if "progress_kept" in key]
+    assert kept == ["altgrad/progress_kept/bf16/a"]
 
 
 def make_kept(**kept: float) -> Figures:
@@ -245,6 +252,99 @@ def make_kept(**kept: float) -> Figures:
 def test_layers_are_charted_by_what_they_keep_now_or_else_by_their_worst_twin(
     layers: dict[str, dict[str, float]], charted: list[str]
 ) -> None:
-    charts = Charts(FORMATS, 1)
+    charts = make_all(1)
     rows(charts, {name: make_kept(**kept) for name, kept in layers.items()})
     assert [*charts.charted] == charted
+
+
+# --- what is logged by default
+
+
+def test_a_row_has_the_headline_and_diag_01_to_04_alone() -> None:
+    model = add_twins(figures(0.5), "bf16", "bf16-sr")
+    (row,) = Charts(FORMATS, 1).add(0, model, {"a": model}, {"own_share": 0.1, "elements": 9.0})
+    diagnostics = {"ulp_mean", "ulp_zero_frac"} | {
+        f"{metric}/{format}"
+        for metric in ("stiffness_mean", "on_grid_frac", "grad_stiff_correlation")
+        for format in FORMATS
+    }
+    headline = {"progress_kept/bf16", "progress_kept/bf16-sr", "kept_update_ratio/e5m2"}
+    headline |= {f"frozen_layers/{name}" for name in ("bf16", "bf16-sr", "e5m2")}
+    assert {*row.model} == headline | {"lost_now"} | diagnostics
+    assert {name: {*keys} for name, keys in row.layers.items()} == {"a": diagnostics}
+    assert row.monitor == {"own_share": 0.1}
+
+
+def test_a_format_without_a_twin_has_what_it_keeps_of_updates_in_the_headline() -> None:
+    charts = Charts(FORMATS, 0, recipes=["bf16"])
+    (row,) = charts.add(0, figures(0.5), {"a": figures(0.5)}, {})
+    assert row.model["kept_update_ratio/e5m2"] == 0.5
+    assert "kept_update_ratio/bf16" not in row.model  # its twin is expected
+
+
+def test_frozen_layers_are_counted_by_recipe_and_stay_until_they_move() -> None:
+    def make(frozen: float, kept: float, never: float) -> Figures:
+        made = add_twins(figures(0.5), "bf16")
+        values = {"frozen_frac/bf16": frozen, "progress_kept/bf16": kept}
+        made.update(values | {"never_moved_frac/e5m2": never})
+        return made
+
+    charts = Charts(FORMATS, 0)
+    still, moving = make(1.0, 0.0, 1.0), make(0.5, 0.9, 0.5)
+    steps = [{"a": still, "b": moving, "c": still}, {"b": moving}, {"a": moving}]
+    found = [charts.add(k, still, layers, {})[0].model for k, layers in enumerate(steps)]
+    assert [row["frozen_layers/bf16"] for row in found] == [2, 2, 1]
+    assert [row["frozen_layers/e5m2"] for row in found] == [2, 2, 1]
+    # A share of a layer that never moves is not all: it may have kept its progress.
+    (row,) = Charts(FORMATS, 0).add(0, still, {"a": make(1.0, 0.9, 0.0)}, {})
+    assert row.model["frozen_layers/bf16"] == 0
+
+
+def test_what_is_lost_now_is_0_in_float32_and_the_rest_of_the_progress_otherwise() -> None:
+    low = add_twins(figures(0.5), "now")
+    (row,) = Charts(FORMATS, 0, is_low=True).add(0, low, {"a": low}, {})
+    assert row.model["lost_now"] == 0.75
+    (row,) = Charts(FORMATS, 0).add(0, figures(0.5), {"a": figures(0.5)}, {})
+    assert row.model["lost_now"] == 0
+    (row,) = Charts(FORMATS, 0, is_low=True).add(0, figures(0.5), {"a": figures(0.5)}, {})
+    assert math.isnan(row.model["lost_now"])
+
+
+@pytest.mark.parametrize(("names", "charted"), [(1, 8), (2, 7), (3, 5), (5, 2), (40, 1)])
+def test_fewer_layers_are_charted_where_80_numbers_leave_no_room(names: int, charted: int) -> None:
+    formats = tuple(f"f{k}" for k in range(names))
+    recipes = tuple(f"{name}{end}" for name in formats for end in ("", "-sr"))
+    layer = add_twins(figures(0.5, formats), *recipes)
+    layers = {f"l{k}": layer for k in range(50)}
+    charts = Charts(formats, recipes=recipes)
+    (row,) = charts.add(0, layer, layers, {"own_share": 0.1})
+    assert len(row.layers) == charted
+    assert len(merge_row(row)) <= 80 or charted == 1
+    later = {"later": layer}
+    (row,) = charts.add(1, layer, layers | later, {"own_share": 0.1})
+    assert len(merge_row(row)) <= 80 or charted == 1
+
+
+def test_layers_that_join_later_get_the_room_that_is_left() -> None:
+    charts = Charts(FORMATS)
+    layers = {"a": figures(0.5), "b": figures(0.2)}
+    charts.add(0, figures(0.5), layers, {})
+    later = {f"later{k}": figures(0.5) for k in range(20)}
+    (row,) = charts.add(1, figures(0.5), layers | later, {})
+    assert len(row.layers) == 8
+    assert [*row.layers][:3] == ["b", "a", "later0"]
+
+
+@pytest.mark.parametrize("wrong", ["some", None, 1])
+def test_charts_is_default_or_all(wrong: object) -> None:
+    assert (check_charts("default"), check_charts("all")) == ("default", "all")
+    with pytest.raises(ValueError, match=r"charts=.*: expected one of 'default', 'all'"):
+        check_charts(wrong)
+
+
+def test_rows_that_wait_in_a_state_of_an_earlier_version_have_the_keys_of_today() -> None:
+    charts = Charts(FORMATS, 1)
+    waiting = [(3, {"altgrad/ulp_mean": 0.5}, {"altgrad/monitor/own_share": 0.1}, {"a": {}})]
+    charts.load_state_dict({"charted": None, "waiting": waiting})
+    (row,) = charts.take_waiting()
+    assert merge_row(row) == {"altgrad/ulp_mean": 0.5, "altgrad/monitor/own_share": 0.1}

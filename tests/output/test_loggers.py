@@ -17,7 +17,6 @@ import lightning.pytorch.loggers
 import numpy as np
 import pytest
 import pytorch_lightning.loggers
-from matplotlib import colormaps
 from PIL import Image
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -26,9 +25,11 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from altgrad import Histogram
 from altgrad.measurement.catalogue import FORMAT_METRICS
 from altgrad.output import loggers
+from altgrad.output.charts import Row
 from altgrad.output.history import History
 from altgrad.report import Verdict, kept_map
 from altgrad.report.cells import MEANINGS
+from altgrad.report.colours import find_share_colour
 from tests.chromium import chromium, needs_chromium
 from tests.lightning.assessments import (
     FORMATS,
@@ -47,19 +48,18 @@ def log_everything(logger: Any) -> None:
     """Log figures, pictures and verdicts as a run does, at steps 9 and 19."""
     history = History()
     for step in (9, 19):
-        scalars = {
-            f"altgrad/{metric}/{format}{layer}": 0.5
-            for metric in FORMAT_METRICS
-            for format in FORMATS
-            for layer in ("", *(f"/{name}" for name in LAYERS))
-        }
-        logger.log_metrics(scalars, step=step)
+        keys = [f"{metric}/{format}" for metric in FORMAT_METRICS for format in FORMATS]
+        layers = {name: dict.fromkeys(keys, 0.5) for name in LAYERS}
+        row = Row(step, dict.fromkeys(keys, 0.5), {"own_share": 0.1}, layers)
+        for runs in loggers.wrap_loggers([logger]):
+            loggers.log_row(runs, row)
+            loggers.close_runs(runs)
         stalled = {f"stall_frac/{format}": step / 20 for format in FORMATS}
         history.add(step, dict.fromkeys(LAYERS, stalled))
-        keys = ("steps/bf16", f"steps/bf16/{LAYERS[0]}")
-        loggers.log_histograms([logger], step, dict.fromkeys(keys, STEPS))
+        shown = ("steps/bf16", f"steps/bf16/{LAYERS[0]}")
+        loggers.log_histograms([logger], step, dict.fromkeys(shown, STEPS))
         loggers.log_pictures([logger], step, history.draw_heat_maps())
-    loggers.log_layout([logger], FORMATS)
+    loggers.log_layout([logger], row)
     loggers.log_verdict([logger], 19, assessment())
     logger.save()
 
@@ -82,7 +82,8 @@ def events(folder: str) -> EventAccumulator:
 
 
 def test_histograms_have_a_bucket_per_octave(events: EventAccumulator) -> None:
-    assert events.Tags()["histograms"] == ["altgrad/steps/bf16", f"altgrad/steps/bf16/{LAYERS[0]}"]
+    group = "6-AltGrad-steps/steps"
+    assert events.Tags()["histograms"] == [f"{group}/bf16", f"{group}/bf16/{LAYERS[0]}"]
     for tag in events.Tags()["histograms"]:
         assert [event.step for event in events.Histograms(tag)] == [9, 19]
         for event in events.Histograms(tag):
@@ -97,7 +98,7 @@ def test_histograms_have_a_bucket_per_octave(events: EventAccumulator) -> None:
 
 
 def test_heat_maps_are_images_with_a_readable_size(events: EventAccumulator) -> None:
-    tags = [f"altgrad/stall_frac_map/{format}" for format in FORMATS]
+    tags = [f"4-AltGrad-maps/stall_frac_map/{format}" for format in FORMATS]
     assert events.Tags()["images"] == tags
     for tag in tags:
         assert [event.step for event in events.Images(tag)] == [9, 19]
@@ -119,49 +120,16 @@ def read_layout(events: EventAccumulator) -> dict[str, dict[str, list[str]]]:
     }
 
 
-def test_the_layout_has_charts_of_the_model_and_of_layers(
-    events: EventAccumulator,
-) -> None:
+def test_the_layout_has_the_charts_of_the_cards(events: EventAccumulator) -> None:
     layout = read_layout(events)
-    model_charts = {**layout["AltGrad: model"], **layout["AltGrad: model, more"]}
-    assert set(model_charts) == set(FORMAT_METRICS)
-    assert list(model_charts)[:2] == ["kept_update_ratio", "stall_frac"]
-    tags = events.Tags()["scalars"]
-    for metric, [pattern] in model_charts.items():
-        lines = [tag for tag in tags if re.match(pattern, tag)]
-        assert lines == [f"altgrad/{metric}/{format}" for format in FORMATS]
-    layer_charts = layout["AltGrad: layers that keep least"]
-    assert len(layer_charts) == 2 * len(FORMATS)
-    for metric in ("kept_update_ratio", "stall_frac"):
-        for format in FORMATS:
-            [pattern] = layer_charts[f"{metric}, {format}"]
-            lines = [tag for tag in tags if re.match(pattern, tag)]
-            assert lines == [f"altgrad/{metric}/{format}/{layer}" for layer in LAYERS]
-
-
-def test_the_layout_has_only_the_model_without_charted_layers(tmp_path: Path) -> None:
-    logger = TensorBoardLogger(tmp_path)
-    loggers.log_layout([logger], FORMATS, layers=False)
-    logger.finalize("success")
-    layout = read_layout(EventAccumulator(logger.log_dir).Reload())
-    assert list(layout) == ["AltGrad: model", "AltGrad: model, more"]
-
-
-def test_the_layout_has_twins_of_the_model_and_of_layers(tmp_path: Path) -> None:
-    logger = TensorBoardLogger(tmp_path)
-    loggers.log_layout([logger], FORMATS, ["bf16", "bf16-sr"])
-    logger.finalize("success")
-    layout = read_layout(EventAccumulator(logger.log_dir).Reload())
-    twins = layout["AltGrad: twins"]
-    assert [*twins][:2] == ["progress_kept", "window_progress_kept"]
-    assert "moved_rms" not in twins
-    (of_model,) = twins["progress_kept"]
-    tags = [f"altgrad/progress_kept/{name}" for name in ("bf16", "bf16-sr", "bf16/a", "bf16-sr/a")]
-    assert [tag for tag in tags if re.match(of_model, tag)] == tags[:2]
-    layers = layout["AltGrad: layers that keep least"]
-    (of_layer,) = layers["progress_kept, bf16"]
-    assert [tag for tag in tags if re.match(of_layer, tag)] == ["altgrad/progress_kept/bf16/a"]
-    assert "frozen_frac, bf16-sr" in layers
+    assert [*layout] == ["1-AltGrad", "2-AltGrad-model", "3-AltGrad-layers"]
+    assert {*layout["2-AltGrad-model"]} == {*layout["3-AltGrad-layers"]} == {*FORMAT_METRICS}
+    tags = [f"{group}/stall_frac{end}" for group in layout for end in ("", "_x", "/a", "/a/b")]
+    (of_model,) = layout["2-AltGrad-model"]["stall_frac"]
+    assert [tag for tag in tags if re.match(of_model, tag)] == ["2-AltGrad-model/stall_frac"]
+    (of_layers,) = layout["3-AltGrad-layers"]["stall_frac"]
+    found = [tag for tag in tags if re.match(of_layers, tag)]
+    assert found == ["3-AltGrad-layers/stall_frac/a", "3-AltGrad-layers/stall_frac/a/b"]
 
 
 def test_the_verdict_is_a_table_in_which_names_are_escaped(events: EventAccumulator) -> None:
@@ -175,7 +143,10 @@ def test_the_verdict_is_a_table_in_which_names_are_escaped(events: EventAccumula
     assert "In brackets: what 80 % of those real runs kept" in as_text(html)
     assert f"frozen: {MEANINGS[Verdict.FROZEN]}" in as_text(html)
     assert cells(runs)[6:9] == ["now", "loses 0.75 now", "0.25 (0.00 to 0.50)"]
-    assert cells(runs)[9:12] == ["75 %", "1 (50 %)", "1 of 2"]
+    assert cells(runs)[9:12] == ["1 (50 %)", "75 %", "1 of 2"]
+    # First what each recipe comes to, then what to do, then layers, and legends last.
+    what_to_do, table = html.index("stands still"), html.index("smallest that stores it")
+    assert what_to_do < table < html.index("In brackets: what 80")
     assert f"now: {LAYERS[0]} stands still. Use *Kahan*." in as_text(html)
     assert cells(layers)[:5] == ["layer", *RECIPES, "smallest that stores it"]
     assert cells(layers)[5:10] == [LAYERS[0], *["frozen 0.00"] * 3, "bf16"]
@@ -202,7 +173,7 @@ def test_other_loggers_get_no_pictures(tmp_path: Path) -> None:
     each = (logger, object())
     assert not loggers.can_show(each)
     assert loggers.can_show([logger, TensorBoardLogger(tmp_path)])
-    loggers.log_layout(each, FORMATS)
+    loggers.log_layout(each, Row(0, {}, {}, {}))
     loggers.log_histograms(each, 0, {"steps/bf16": STEPS})
     loggers.log_pictures(each, 0, {"a": None})  # type: ignore[dict-item]  # None is never drawn
     loggers.log_verdict(each, 0, assessment())
@@ -218,7 +189,7 @@ class Broken(TensorBoardLogger):
 def test_an_error_of_a_logger_is_raised(tmp_path: Path) -> None:
     broken = [Broken(tmp_path)]
     for call in (
-        lambda: loggers.log_layout(broken, FORMATS),
+        lambda: loggers.log_layout(broken, Row(0, {}, {}, {})),
         lambda: loggers.log_histograms(broken, 0, {"steps/bf16": STEPS}),
         lambda: loggers.log_pictures(broken, 0, {"a": kept_map({}, {}, title="")}),
         lambda: loggers.log_verdict(broken, 0, assessment()),
@@ -278,23 +249,28 @@ def test_a_running_tensorboard_serves_everything_logged(folder: str) -> None:
 
         layout = fetch(address, "custom_scalars/layout")
         charts = {c["title"]: c for category in layout["category"] for c in category["chart"]}
-        [pattern] = charts["stall_frac"]["multiline"]["tag"]
-        lines = fetch(address, "custom_scalars/scalars", run=".", tag=pattern)
-        assert lines["regex_valid"]
-        assert set(lines["tag_to_events"]) == {f"altgrad/stall_frac/{f}" for f in FORMATS}
-        [pattern] = charts["kept_update_ratio, bf16"]["multiline"]["tag"]
-        lines = fetch(address, "custom_scalars/scalars", run=".", tag=pattern)
-        tags = {f"altgrad/kept_update_ratio/bf16/{layer}" for layer in LAYERS}
-        assert set(lines["tag_to_events"]) == tags
+        # A run for each format, and thus a colour; and no run of the user's has these tags.
+        (of_layers,) = charts["stall_frac"]["multiline"]["tag"]  # the last group is of layers
+        for format in FORMATS:
+            query = {"run": f"altgrad/{format}", "tag": of_layers}
+            lines = fetch(address, "custom_scalars/scalars", **query)
+            assert lines["regex_valid"]
+            tags = {f"3-AltGrad-layers/stall_frac/{layer}" for layer in LAYERS}
+            assert set(lines["tag_to_events"]) == tags
+        runs = fetch(address, "scalars/tags")
+        assert {*runs} == {".", *(f"altgrad/{format}" for format in FORMATS)}
+        assert {*runs["."]} == {"1-AltGrad/monitor/own_share"}
 
-        tag = "altgrad/stall_frac_map/bf16"
+        tag = "4-AltGrad-maps/stall_frac_map/bf16"
         assert tag in fetch(address, "images/tags")["."]
         images = fetch(address, "images/images", run=".", tag=tag, sample="0")
         assert [image["step"] for image in images] == [9, 19]
         with urlopen(f"{address}data/plugin/images/individualImage?{images[-1]['query']}") as png:
             assert Image.open(io.BytesIO(png.read())).width > 600
 
-        histograms = fetch(address, "histograms/histograms", run=".", tag="altgrad/steps/bf16")
+        histograms = fetch(
+            address, "histograms/histograms", run=".", tag="6-AltGrad-steps/steps/bf16"
+        )
         assert [step for _, step, _ in histograms] == [9, 19]
         # TensorBoard rebins for its page, but keeps the range of filled buckets.
         buckets = [bucket for bucket in histograms[-1][2] if bucket[2]]
@@ -311,7 +287,7 @@ def test_the_image_page_of_tensorboard_shows_the_heat_maps(folder: str, tmp_path
         _, errors = chromium(tmp_path, f"{address}#images", picture, milliseconds=20_000)
     assert not errors
     pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)
-    colour = np.array(colormaps["YlOrRd"](9 / 20, bytes=True)[:3])  # the color at the first step
+    colour = np.array([*bytes.fromhex(find_share_colour(1 - 9 / 20)[1:])])  # at the first step
     assert (abs(pixels - colour).max(-1) <= 8).sum() > 3000
 
 
@@ -388,7 +364,7 @@ def test_wandb_gets_histograms_images_and_a_table(wandb_folder: Path) -> None:
 
     logger = WandbLogger(save_dir=wandb_folder, offline=True)
     log_everything(logger)
-    files = Path(logger.experiment.dir)
+    files, summary = Path(logger.experiment.dir), dict(logger.experiment.summary)
     wandb.finish()
 
     rows = [row for row in wandb_rows(wandb_folder) if "altgrad/steps/bf16" in row]
@@ -405,6 +381,10 @@ def test_wandb_gets_histograms_images_and_a_table(wandb_folder: Path) -> None:
         assert row[key]["_type"] == "image-file"
         with Image.open(files / row[key]["path"]) as image:
             assert image.size == (row[key]["width"], row[key]["height"])
+    assert summary["altgrad/answer"].startswith("This run loses 0.75 of its progress now")
+    assert "stands still. Use *Kahan*." in summary["altgrad/to_do"]
+    assert summary["altgrad/verdict_word/now"] == "loses 0.75 now"
+    assert summary["altgrad/frozen_share/bf16"] == 0.5
     (row,) = [row for row in wandb_rows(wandb_folder) if "altgrad/verdict" in row]
     assert row["altgrad/verdict"]["_type"] == "table-file"
     table = json.loads((files / row["altgrad/verdict"]["path"]).read_text())

@@ -15,7 +15,8 @@ from pytorch_lightning.loggers import (
 )
 from torch import Tensor, nn
 
-from altgrad.output.loggers import describe_runs, log_scalars
+from altgrad.output.charts import Row
+from altgrad.output.loggers import describe_runs, log_row
 from altgrad.report import read
 from altgrad_lightning import PrecisionMonitor
 from tests.lightning.runs import Net, batches, trainer
@@ -127,7 +128,9 @@ def test_mlflow_gets_names_that_it_allows(tmp_path: Path, monkeypatch: pytest.Mo
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     logger = MLFlowLogger("test", tracking_uri=f"file:{tmp_path / 'store'}")
-    run = trainer(tmp_path, PrecisionMonitor("bf16", layer_charts=["g*"]), logger=logger)
+    run = trainer(
+        tmp_path, PrecisionMonitor("bf16", layer_charts=["g*"], charts="all"), logger=logger
+    )
     run.fit(Odd(), batches(2))  # a warning is an error here
     (folder,) = (tmp_path / "store").glob("*/*/metrics/altgrad/stall_frac/bf16")
     assert {path.name for path in folder.iterdir()} == {"gain_0_", "gain_0__2", "gr__e", "model"}
@@ -138,9 +141,9 @@ def test_names_for_mlflow_are_as_many_as_before() -> None:
         def log_metrics(self, metrics: dict[str, float], step: int) -> None:
             self.metrics = metrics
 
-    others = {f"altgrad/a/w{c}{d}": float(k) for k, c in enumerate("_[(ü/.") for d in "_]) "}
+    layers = {f"w{c}{d}": {"a": float(k)} for k, c in enumerate("_[(ü/.") for d in "_]) "}
     logger = MLFlowLogger()
-    log_scalars(logger, 3, {"altgrad/a": 1.0}, others)
-    assert len(logger.metrics) == len(others) + 1
+    log_row(logger, Row(3, {"a": 1.0}, {}, layers))
+    assert len(logger.metrics) == len(layers) + 1
     assert all(re.fullmatch("[a-zA-Z0-9_/. -]+", key) for key in logger.metrics)
-    assert [*logger.metrics.values()] == [1.0, *others.values()]
+    assert [*logger.metrics.values()] == [1.0, *(each["a"] for each in layers.values())]

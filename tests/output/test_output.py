@@ -111,19 +111,20 @@ def test_pictures_are_drawn_at_powers_of_four_and_at_the_end(tmp_path: Path) -> 
     events = EventAccumulator(run.logger.log_dir, size_guidance=ALL).Reload()
     tags = events.Tags()
     pictures = {
-        "altgrad/ranges",
-        *(f"altgrad/stall_frac_map/{f}" for f in ("bf16", "e4m3fn", "e5m2")),
+        *(f"4-AltGrad-maps/stall_frac_map/{f}" for f in ("bf16", "e4m3fn", "e5m2")),
+        "5-AltGrad-ranges/ranges",
     }
     assert {*tags["images"]} == pictures
+    assert min(pictures) == "4-AltGrad-maps/stall_frac_map/bf16"  # the first on the page
     for tag in pictures:
         assert [event.step for event in events.Images(tag)] == [0, 3, 6]
     assert "altgrad/verdict/text_summary" in tags["tensors"]
     texts = events.Tensors("altgrad/verdict/text_summary")
     assert [event.step for event in texts] == [0, 3, 6]
     assert b"frozen" in texts[-1].tensor_proto.string_val[0]
-    assert "altgrad/steps/bf16" in tags["histograms"]
-    assert "altgrad/steps/bf16/layers.2.weight" in tags["histograms"]
-    assert [e.step for e in events.Histograms("altgrad/steps/bf16")] == [*range(7)]
+    assert "6-AltGrad-steps/steps/bf16" in tags["histograms"]
+    assert "6-AltGrad-steps/steps/bf16/layers.2.weight" in tags["histograms"]
+    assert [e.step for e in events.Histograms("6-AltGrad-steps/steps/bf16")] == [*range(7)]
     assert "custom_scalars__config__" in tags["tensors"]
 
 
@@ -132,7 +133,7 @@ def test_pictures_are_drawn_at_powers_of_four_and_at_the_end(tmp_path: Path) -> 
 @pytest.mark.filterwarnings("ignore:PrecisionMonitor sees frozen layers")
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
 def test_a_run_in_16_bits_is_charted_as_now(tmp_path: Path, precision: Any) -> None:
-    monitor = PrecisionMonitor(["e4m3fn"], every_n_steps=1)
+    monitor = PrecisionMonitor(["e4m3fn"], every_n_steps=1, charts="all")
     run = fit(tmp_path, monitor, precision=precision)
     scalars = logged(run.logger.log_dir)
     kept = [value for _, value in scalars["altgrad/progress_kept/now"]]
@@ -144,13 +145,15 @@ def test_a_run_in_16_bits_is_charted_as_now(tmp_path: Path, precision: Any) -> N
     assert "altgrad/frozen_frac/now/layers.2.weight" in scalars
     events = EventAccumulator(run.logger.log_dir, size_guidance=ALL).Reload()
     (layout,) = events.Tensors("custom_scalars__config__")
-    assert b"progress_kept, now" in layout.tensor_proto.string_val[0]
+    assert b"progress_kept" in layout.tensor_proto.string_val[0]
+    lost = [value for _, value in scalars["altgrad/lost_now"]]
+    assert lost == pytest.approx([1 - each for each in kept], nan_ok=True, abs=1e-6)
     row = next(row for row in read(monitor.path).rows if row.layer == "layers.2.weight")
     assert "frozen_frac" in row.twins["now"]
 
 
 def test_own_share_elements_and_skipped_steps_are_charted(tmp_path: Path) -> None:
-    run = fit(tmp_path, PrecisionMonitor(every_n_steps=1))
+    run = fit(tmp_path, PrecisionMonitor(every_n_steps=1, charts="all"))
     scalars = logged(run.logger.log_dir)
     assert {value for _, value in scalars["altgrad/monitor/elements"]} == {2 * 72 + 16}
     assert {value for _, value in scalars["altgrad/monitor/skipped_steps"]} == {0.0}
@@ -192,7 +195,7 @@ class TwoOptimizers(Net):
 def test_figures_and_loss_have_the_same_steps(
     tmp_path: Path, module: type[Net], options: dict[str, Any], every: int
 ) -> None:
-    monitor = PrecisionMonitor()
+    monitor = PrecisionMonitor(charts="all")
     run = trainer(tmp_path, monitor, log_every_n_steps=every, **options)
     run.fit(module(), batches(8))
     scalars = logged(run.logger.log_dir)
@@ -212,7 +215,8 @@ def test_figures_and_loss_have_the_same_steps(
 def test_several_loggers_get_equal_figures_in_stable_columns(tmp_path: Path) -> None:
     first, second = CSVLogger(tmp_path, "a"), CSVLogger(tmp_path, "b")
     board = TensorBoardLogger(tmp_path)
-    fit(tmp_path, PrecisionMonitor(every_n_steps=1), logger=[first, board, second])
+    monitor = PrecisionMonitor(every_n_steps=1, charts="all")
+    fit(tmp_path, monitor, logger=[first, board, second])
     texts = [Path(each.log_dir, "metrics.csv").read_text() for each in (first, second)]
     assert texts[0] == texts[1]
     rows = [row for row in csv.DictReader(texts[0].splitlines()) if row["altgrad/stall_frac/bf16"]]
@@ -232,7 +236,7 @@ def test_mlflow_stores_the_figures_in_a_local_folder(tmp_path: Path, monkeypatch
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     logger = MLFlowLogger("test", tracking_uri=f"file:{tmp_path / 'store'}")
-    monitor = PrecisionMonitor()
+    monitor = PrecisionMonitor(charts="all")
     fit(tmp_path, monitor, logger=logger)
     (found,) = (tmp_path / "store").glob("*/*/metrics/altgrad/stall_frac/bf16/model")
     lines = [line.split() for line in found.read_text().splitlines()]
@@ -247,7 +251,7 @@ def test_wandb_offline_logs_beside_tensorboard(tmp_path: Path, monkeypatch: Any)
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = WandbLogger(save_dir=tmp_path, offline=True)
     board = TensorBoardLogger(tmp_path)
-    monitor = PrecisionMonitor()
+    monitor = PrecisionMonitor(charts="all")
     fit(tmp_path, monitor, logger=[logger, board])
     summary = dict(logger.experiment.summary)
     wandb.finish()
@@ -255,6 +259,7 @@ def test_wandb_offline_logs_beside_tensorboard(tmp_path: Path, monkeypatch: Any)
         monitor.latest_model["stall_frac/bf16"]
     )
     assert "altgrad/ranges" in summary
+    assert {"1-AltGrad/progress_kept_table", "1-AltGrad/frozen_layers_table"} <= {*summary}
     assert "altgrad/stall_frac/bf16" in logged(board.log_dir)
 
 

@@ -7,20 +7,31 @@ from torch.utils.tensorboard import SummaryWriter
 
 from altgrad import Histogram
 from altgrad.output import WriterLogger
-from altgrad.output.loggers import can_show, describe_runs, log_histograms, log_scalars
+from altgrad.output.charts import Row
+from altgrad.output.loggers import (
+    can_show,
+    describe_runs,
+    log_histograms,
+    log_row,
+    wrap_loggers,
+)
 
 
 def test_a_summary_writer_gets_numbers_and_histograms(tmp_path: Path) -> None:
     with SummaryWriter(tmp_path) as writer:
         logger = WriterLogger(writer)
         assert can_show([logger])
-        log_scalars(logger, 7, {"altgrad/a": 0.25}, {"altgrad/a/layer": 0.5})
+        (runs,) = wrap_loggers([logger])
+        log_row(runs, Row(7, {"ulp_mean": 0.25}, {}, {"layer": {"ulp_mean": 0.5}}))
         log_histograms([logger], 7, {"steps/bf16": Histogram(-3, (1, 0, 2))})
     events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0}).Reload()
     scalars = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
     found = {tag: [(each.step, each.value) for each in each] for tag, each in scalars.items()}
-    assert found == {"altgrad/a": [(7, 0.25)], "altgrad/a/layer": [(7, 0.5)]}
-    (histogram,) = events.Histograms("altgrad/steps/bf16")
+    assert found == {
+        "2-AltGrad-model/ulp_mean": [(7, 0.25)],
+        "3-AltGrad-layers/ulp_mean/layer": [(7, 0.5)],
+    }
+    (histogram,) = events.Histograms("6-AltGrad-steps/steps/bf16")
     assert histogram.histogram_value.num == 3
 
 

@@ -12,6 +12,7 @@ from matplotlib.text import Text
 
 from altgrad import Histogram
 from altgrad.report import heat_map, kept_map, png, ranges, steps_histogram, svg
+from altgrad.report.colours import FROZEN, MISSING
 from altgrad.report.judging.calibration import calibration
 from tests.report.pictures import FORMATS, STEPS, draw_all, read_pixels, read_texts
 
@@ -52,7 +53,7 @@ def test_a_nan_is_grey_in_the_pixels() -> None:
     image = read_pixels(heat_map({"a": {0: NAN, 1: 1.0}}, title=""))
     left, right = (image[len(image) // 3, image.shape[1] * k // 10] for k in (2, 7))
     assert left[0] == left[1] == left[2]
-    assert right[0] > 2 * right[1]  # dark red
+    assert right[0] > 2 * right[1]  # dark brown
 
 
 def test_neighbouring_steps_are_averaged_if_there_are_more_than_columns() -> None:
@@ -80,6 +81,24 @@ def test_dark_is_bad(label: str) -> None:
     image = figure.axes[0].images[0]
     zero, one = (sum(image.cmap(image.norm(x))[:3]) for x in (0.0, 1.0))
     assert (one < zero) == (label == "stall_frac")
+
+
+def test_a_frozen_layer_is_a_black_row_and_differs_from_one_that_is_merely_dark() -> None:
+    values = {"dark": {0: 1.0, 9: 1.0}, "gain": {0: 1.0, 9: 1.0}}
+    figure = heat_map(values, title="", frozen={"gain"})
+    assert [text.get_text() for text in figure.axes[0].texts] == ["frozen"]
+    assert any("black: frozen, never moves" in text for text in read_texts(figure))
+    assert not any("black" in text for text in read_texts(heat_map(values, title="")))
+    image = read_pixels(figure)
+    dark, black = (tuple(image[round(len(image) * k), image.shape[1] // 4]) for k in (0.22, 0.55))
+    assert (dark, black) == ((0x7F, 0x27, 0x04), (0x1C, 0x1C, 0x1C))
+
+
+def test_a_cell_with_a_word_is_black_in_the_kept_map() -> None:
+    figure = kept_map({"a": {"bf16": 0.0}, "b": {"bf16": 0.0}}, {"a": {"bf16": "stuck"}}, title="")
+    painted = [to_hex(each.get_facecolor()) for each in figure.axes[0].patches]
+    assert painted == [MISSING, FROZEN]  # behind all cells, and that of the layer a
+    assert [text.get_color() for text in figure.axes[0].texts] == ["white", "#ffffff"]
 
 
 # --- kept map

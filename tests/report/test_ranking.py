@@ -2,7 +2,7 @@
 
 import math
 
-from altgrad.report import Advice, Assessment, Verdict, list_lost, rank_layers
+from altgrad.report import Advice, Assessment, Verdict, find_frozen, list_lost, rank_layers
 from tests.report.twin_runs import make_run_advice
 
 FINE, FROZEN, STUCK = Verdict.STORES_FINE, Verdict.FROZEN, Verdict.STUCK
@@ -43,3 +43,13 @@ def test_of_a_run_that_is_stored_low_only_what_it_loses_now_puts_a_layer_first()
 def test_the_verdicts_of_each_layer_are_kept() -> None:
     found = assess(a={"bf16": (FINE, 1.0), "e5m2": (FROZEN, 0.0)}, b={"bf16": (FINE, 0.99)})
     assert rank_layers(found) == found.by_layer
+
+
+def test_the_frozen_layers_are_those_of_one_recipe_that_never_moved() -> None:
+    found = assess(
+        a={"bf16": (FROZEN, 0.0), "e5m2": (FINE, 1.0)},
+        b={"bf16": (STUCK, 0.5), "e5m2": (FROZEN, 0.0)},
+        c={"bf16": (FINE, 1.0)},
+    )
+    assert (find_frozen(found, "bf16"), find_frozen(found, "e5m2")) == ({"a"}, {"b"})
+    assert find_frozen(found, "mxfp8") == set()
