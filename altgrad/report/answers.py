@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from altgrad._messages import few, format_count, format_percent
 from altgrad.measurement.catalogue import NOW
-from altgrad.report.cells import STEP_MARK, find_mark
+from altgrad.report.cells import EARLY, STEP_MARK, find_mark
 from altgrad.report.judging.calibration import calibration
 from altgrad.report.judging.decimals import (
     format_error,
@@ -25,8 +25,9 @@ from altgrad.report.judging.decimals import (
     format_kept,
     format_lost,
 )
-from altgrad.report.judging.summaries import hides_layers, write_word
+from altgrad.report.judging.summaries import hides_layers, write_early, write_word
 from altgrad.report.judging.verdicts import Assessment, RunAdvice, Verdict
+from altgrad.report.memory import format_saved
 from altgrad.report.names import fold_names
 from altgrad.report.records.run import Run
 from altgrad.report.records.schema import LayerInfo, RecipeInfo
@@ -69,6 +70,7 @@ class RunRow(NamedTuple):
         frozen: Number of layers that would freeze, with their share of the weights.
         evidence: How many real runs with this verdict lost over 10 % of the fall in loss.
         is_step_by_step: True if `share` is that of single updates.
+        saved: Share that the recipe saves of the memory of weights and optimizer states.
     """
 
     recipe: str
@@ -79,6 +81,7 @@ class RunRow(NamedTuple):
     frozen: str
     evidence: str
     is_step_by_step: bool
+    saved: str
 
     @property
     def kept(self) -> str:
@@ -110,13 +113,14 @@ def _make_row(advice: RunAdvice) -> RunRow:
         frozen,
         _write_outcome(advice),
         is_step_by_step,
+        _UNKNOWN if math.isnan(advice.saved_share) else format_saved(advice.saved_share),
     )
 
 
 def _mark_word(advice: RunAdvice) -> str:
     """Return the verdict in a word or two, with its mark: “watch (noisy)”."""
-    mark = find_mark(advice)
-    return f"{write_word(advice)} ({mark})" if mark else write_word(advice)
+    marks = [*filter(None, [find_mark(advice)]), *([EARLY] if advice.is_early else [])]
+    return f"{write_word(advice)} ({', '.join(marks)})" if marks else write_word(advice)
 
 
 def _write_outcome(advice: RunAdvice) -> str:
@@ -169,7 +173,8 @@ def write_answer(runs: Mapping[str, RunAdvice]) -> str:
         "Not judged": unjudged,
     }
     sentences = [f"{word}: {_name_some(names)}." for word, names in groups.items() if names]
-    return " ".join(filter(None, [write_now(runs), *sentences]))
+    early = next((f"{write_early(each)}." for each in runs.values() if each.is_early), "")
+    return " ".join(filter(None, [write_now(runs), *sentences, early]))
 
 
 def write_now(runs: Mapping[str, RunAdvice]) -> str:

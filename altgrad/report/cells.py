@@ -13,7 +13,13 @@ from altgrad.report.colours import STYLES
 from altgrad.report.judging.calibration import calibration
 from altgrad.report.judging.decimals import format_kept
 from altgrad.report.judging.summaries import hides_layers
-from altgrad.report.judging.verdicts import Advice, Assessment, RunAdvice, Verdict
+from altgrad.report.judging.verdicts import (
+    FEW_STEPS,
+    Advice,
+    Assessment,
+    RunAdvice,
+    Verdict,
+)
 from altgrad.report.ranking import LOST
 
 _LIMITS, _STEP_LIMITS = calibration().thresholds, calibration().step_thresholds
@@ -55,12 +61,15 @@ STEP_MARK = "*"
 """Mark behind a share of single updates."""
 
 
+EARLY = "early"
+"""Mark of a verdict on a run that rests on few steps."""
 _NONFINITE, _ALL_NONFINITE, _NOISY, _BEHIND = "NaN", "all NaN", "noisy", "behind"
 _MARKS = {
     _NONFINITE: "elements were NaN or inf in an observed step: no figure counts these",
     _ALL_NONFINITE: "all elements are NaN or inf: nothing is left to judge",
     _NOISY: "the progress is kept, but weights differ from those in float32 by more than "
     f"{100 * _LIMITS.weight_error:g} % of their size",
+    EARLY: f"fewer than {FEW_STEPS} steps were observed: later ones may change the verdict",
     _BEHIND: f"layers with more than {100 * _LIMITS.left_behind:g} % of the weights keep less than "
     "half of their progress",
 }
@@ -126,7 +135,10 @@ def list_meanings(advice: Iterable[Advice | RunAdvice]) -> list[Meaning]:
 
 def list_marks(advice: Iterable[Advice | RunAdvice]) -> list[Meaning]:
     """Return the legend of the marks that cells of these verdicts have, such as ``NaN``."""
-    seen = {find_mark(each) for each in advice}
+    each = [*advice]
+    seen = {find_mark(one) for one in each}
+    if any(isinstance(one, RunAdvice) and one.is_early for one in each):
+        seen.add(EARLY)
     return [Meaning(mark, text) for mark, text in _MARKS.items() if mark in seen]
 
 

@@ -26,8 +26,8 @@ from altgrad.report.ranking import list_lost, rank_layers
 from altgrad.report.run_report import RunReport
 
 _RUN_HEADINGS = (
-    *("recipe", "verdict", "progress kept (80 % of real runs)", "weights that never move"),
-    *("layers that freeze", "such runs that lost over 10 %"),
+    *("recipe", "verdict", "progress kept (80 % of real runs)", "layers that freeze"),
+    *("memory saved", "such runs that lost over 10 %", "weights that never move"),
 )
 # As many as one reads; the run file has all layers.
 _MOST_LAYERS = 100
@@ -45,7 +45,7 @@ def write_verdicts(assessment: Assessment) -> str:
     meanings = _list_meanings(assessment)
     run = _write_run(assessment, write_answer(assessment.runs))
     layers = _write_layers(assessment, _MOST_LAYERS)
-    return "\n".join([*run, "", *layers, "", *meanings])
+    return "\n".join([*run, "", *layers, "", *meanings, *_write_notes(assessment)])
 
 
 def write_comment(report: RunReport) -> str:
@@ -57,7 +57,7 @@ def write_comment(report: RunReport) -> str:
         report: The report of a run.
     """
     assessment = report.assessment
-    lines = [BEGINNING, *_write_run(assessment, report.answer, has_notes=False), ""]
+    lines = [BEGINNING, *_write_run(assessment, report.answer), ""]
     if assessment.advice:
         count = format_count(len(assessment.by_layer), "layer")
         lines += [f"<details><summary>Layer by layer: {count}</summary>", ""]
@@ -67,7 +67,7 @@ def write_comment(report: RunReport) -> str:
     return "\n".join([*lines, f"<sub>{_escape(about)}</sub>", ""])
 
 
-def _write_run(assessment: Assessment, answer: str, *, has_notes: bool = True) -> list[str]:
+def _write_run(assessment: Assessment, answer: str) -> list[str]:
     """Return lines of Markdown on the run: the answer, a table of recipes, and what to do."""
     lines = [f"**{_escape(answer)}**", ""]
     if broken := write_nonfinite(assessment.nonfinite, assessment.advice):
@@ -76,10 +76,8 @@ def _write_run(assessment: Assessment, answer: str, *, has_notes: bool = True) -
     if rows:
         lines += [_join_cells(_RUN_HEADINGS), _join_cells(["---"] * len(_RUN_HEADINGS))]
     for row in rows:
-        texts = (row.recipe, row.word, row.kept, row.never, row.frozen, row.evidence)
+        texts = (row.recipe, row.word, row.kept, row.frozen, row.saved, row.evidence, row.never)
         lines += [_join_cells(map(_escape, texts))]
-    if has_notes:
-        lines += _write_notes(assessment)
     actions = [f"- {_escape(action)}" for action in list_actions(assessment.runs)]
     return [*lines, "", *actions]
 
@@ -100,12 +98,12 @@ def _write_layers(assessment: Assessment, most: int) -> list[str]:
         lost = len(list_lost(assessment))
         first = f", first those frozen, stuck or NaN ({lost:,} in all)" if lost else ""
         lines += [f"The worst {most} of {format_count(len(by_layer), 'layer')}{first}:", ""]
-    lines += [_join_cells(["layer", *map(_escape, recipes), "smallest that stores it"])]
+    lines += [_join_cells(["layer", *map(_escape, recipes), "smallest fine"])]
     lines += [_join_cells(["---"] * (len(recipes) + 2))]
     for layer in [*by_layer][:most]:
         cells = [_escape(cell_text(by_layer[layer].get(recipe)) or "–") for recipe in recipes]
         suggestion = assessment.suggestions.get(layer)
-        lines += [_join_cells([_escape(layer), *cells, _escape(suggestion or "none: fp32")])]
+        lines += [_join_cells([_escape(layer), *cells, _escape(suggestion or "none")])]
     return [*lines, "", _escape(KEPT_MEANING)]
 
 

@@ -5,13 +5,14 @@ of the run's layers, the states that its optimizer keeps, and the bits of the fo
 formats count. They are compared with weights and states in float32 of the run's own optimizer.
 Gradients, activations and layers without an observed step are left out.
 
-Read `records.run` first; `memory_table` shows the result, and `planning` chooses recipes by it.
+Read `records.schema` first. `judging` counts what a recipe saves, `memory_table` shows the bytes,
+and `planning` chooses recipes by them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -19,7 +20,6 @@ from typing import NamedTuple
 from altgrad._messages import format_percent
 from altgrad.measurement.catalogue import NOW
 from altgrad.quantization.formats import Scaling
-from altgrad.report.records.run import Run
 from altgrad.report.records.schema import (
     FormatSize,
     LayerInfo,
@@ -99,38 +99,44 @@ class Memory:
         return Bytes(*(part / max(self.parameters, 1) for part in self.bytes))
 
 
-def measure_memory(run: Run) -> dict[str, Memory]:
-    """Return the memory of a run by recipe, in the order of the run.
+def measure_memory(
+    layers: Mapping[str, LayerInfo], recipes: Mapping[str, RecipeInfo]
+) -> dict[str, Memory]:
+    """Return the memory of a run by recipe, in the order of the recipes.
 
     The run as it is, ``now``, comes first if it takes other memory than float32.
 
     Args:
-        run: The run, as `altgrad.report.read` returns it.
+        layers: The observed layers, by name.
+        recipes: The recipes that the run tried, by name.
 
     Returns:
         The memory of the layers of `list_counted`, by name of the recipe.
     """
-    layers = [*list_counted(run).values()]
+    return _measure([*list_counted(layers).values()], recipes)
+
+
+def _measure(layers: Sequence[LayerInfo], recipes: Mapping[str, RecipeInfo]) -> dict[str, Memory]:
     parameters = sum(math.prod(each.shape) for each in layers)
     fp32 = _add(map(measure_fp32, layers)).total
     now = _add(map(measure_now, layers))
     found = {
         name: _add(measure_layer(each, recipe) for each in layers)
-        for name, recipe in run.recipes.items()
+        for name, recipe in recipes.items()
     }
     if now.total != fp32 and not math.isnan(now.total):
         found = {NOW: now} | found
     return {name: Memory(name, parameters, len(layers), each, fp32) for name, each in found.items()}
 
 
-def list_counted(run: Run) -> dict[str, LayerInfo]:
-    """Return the layers of a run whose memory counts, by name.
+def list_counted(layers: Mapping[str, LayerInfo]) -> dict[str, LayerInfo]:
+    """Return the layers whose memory counts, by name.
 
     These are the layers whose optimizer states are known, as those without a step have none; all
     layers if no states are known.
     """
-    known = {name: each for name, each in run.layers.items() if each.states is not None}
-    return known or dict(run.layers)
+    known = {name: each for name, each in layers.items() if each.states is not None}
+    return known or dict(layers)
 
 
 def measure_layer(layer: LayerInfo, recipe: RecipeInfo) -> Bytes:
@@ -268,12 +274,14 @@ def format_bytes(size: float) -> str:
     return f"{size:,.0f} B"
 
 
-def format_saved(memory: Memory) -> str:
+def format_saved(share: float) -> str:
     """Return the share of float32's memory that a recipe saves, for the column of a table.
 
     It is ``33 %``, ``unknown``, or below 0 if the recipe takes more than float32.
+
+    Args:
+        share: `Memory.saved_share`, NaN if unknown.
     """
-    share = memory.saved_share
     if math.isnan(share):
         return UNKNOWN
     return format_percent(share) if share >= 0 else f"−{format_percent(-share)}"

@@ -62,7 +62,7 @@ def print_memory(report: RunReport, console: Console) -> None:
         report: Report of the run.
         console: Console to print on.
     """
-    found = measure_memory(report.run)
+    found = measure_memory(report.run.layers, report.run.recipes)
     if not found:
         return
     print_text(console, write_memory(report.run, found), "bold")
@@ -126,7 +126,7 @@ def tabulate_memory(found: Mapping[str, Memory]) -> tuple[list[str], list[list[s
             *(_format_number(getattr(memory.per_parameter, name)) for name in parts),
             _format_number(memory.per_parameter.total),
             format_bytes(memory.bytes.total),
-            format_saved(memory),
+            format_saved(memory.saved_share),
         ]
         for memory in each
     ]
@@ -140,7 +140,7 @@ def memory_as_json(run: Run) -> dict[str, Any]:
         Under ``fp32_bytes`` and ``parameters`` those of the observed layers. Under ``recipes``, by
         name, the bytes of each part, in all and saved, and bytes for each weight.
     """
-    found = measure_memory(run)
+    found = measure_memory(run.layers, run.recipes)
     first = next(iter(found.values()), None)
     return {
         "parameters": first.parameters if first else None,

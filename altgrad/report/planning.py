@@ -148,7 +148,7 @@ def make_plan(run: Run, assessment: Assessment, budget: float) -> Plan:
         raise PlanError(f"{run.path}: expected a run with recipes; train with recipes=[…]")
     left_out = {name: why for name, each in run.recipes.items() if (why := explain_left_out(each))}
     recipes = {name: each for name, each in run.recipes.items() if name not in left_out}
-    counted = list_counted(run)
+    counted = list_counted(run.layers)
     layers = {name: _list_options(run, assessment, name, recipes) for name in counted}
     fp32 = {name: options[0].bytes for name, options in layers.items()}
     if not layers or any(map(math.isnan, fp32.values())):

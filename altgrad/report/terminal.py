@@ -14,7 +14,7 @@ from altgrad.report.cells import KEPT_MEANING
 from altgrad.report.layer_table import print_layers
 from altgrad.report.memory_table import print_memory
 from altgrad.report.printing import indent, print_line, print_meaning, print_text, style_text
-from altgrad.report.terminal_next import print_next
+from altgrad.report.terminal_next import print_next, print_next_recipe
 from altgrad.report.terminal_runs import print_legends, print_runs
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def print_first_screen(report: RunReport, console: Console, most_layers: int | N
     if most_layers is None:
         most_layers = max(_HEIGHT - _count_other_lines(report, console), _FEWEST_LAYERS)
     print_layers(report, console, most_layers, most_tables=1)
+    print_next_recipe(report, console)
     _print_notes(report, console)
     print_line(f"All layers, and code: altgrad report {report.run.path} --all", console)
 
@@ -49,6 +50,7 @@ def _count_other_lines(report: RunReport, console: Console) -> int:
     with console.capture() as capture:
         print_runs(report, console)
         print_layers(report, console, 1, most_tables=1)
+        print_next_recipe(report, console)
     return capture.get().count("\n")  # its one layer stands for the last line, which is a command
 
 

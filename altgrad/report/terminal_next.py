@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from altgrad.report.answers import list_rows
 from altgrad.report.next_lines import NextLine, list_next_lines
 from altgrad.report.printing import print_line, print_text, style_text
 
@@ -37,6 +38,7 @@ def print_next(report: RunReport, console: Console, most: int | None = MOST_LINE
     recipe = None
     for line in shown or lines[:1]:
         if line.recipe != recipe:
+            console.print()
             print_text(console, _write_heading(line), "bold")
             recipe = line.recipe
         if shown:
@@ -45,6 +47,21 @@ def print_next(report: RunReport, console: Console, most: int | None = MOST_LINE
                 print_line(code, console)
     if others := _name_others(lines, shown):
         print_text(console, others)
+
+
+def print_next_recipe(report: RunReport, console: Console) -> None:
+    """Print which recipe to train with next, in a line without Python.
+
+    Args:
+        report: Report of the run.
+        console: Console to print on.
+    """
+    rows = {row.recipe: row for row in list_rows(report.assessment.runs)}
+    for line in list_next_lines(report)[:1]:
+        why = line.why
+        if (row := rows.get(line.recipe)) is not None:
+            why = f"{row.recipe}: {row.word}, keeps {row.share}, saves {row.saved} of the memory"
+        print_text(console, f"Next: {why}", "bold")
 
 
 def _choose_fitting(lines: Sequence[NextLine], console: Console, most: int) -> list[NextLine]:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from altgrad.report.run_report import RunReport
 
 _KEPT, _KEPT_BY_RUNS = ("progress", "kept"), ("progress kept", "(80 % of real runs)")
-_OTHERS = (("layers", "freeze"), ("never", "move"), ("such runs", "lost >10 %"))
+_OTHERS = (("layers", "freeze"), ("saves",), ("such runs", "lost >10 %"), ("never", "move"))
 _LEAST_WIDTH = 10  # characters of a recipe's name
 
 
@@ -111,7 +111,7 @@ _Column = tuple[tuple[str, ...], Sequence[str]]
 
 def _list_columns(rows: Sequence[RunRow]) -> list[_Column]:
     """Return the columns behind the names of recipes, the most important first."""
-    each = [(row.word, row.kept, row.frozen, row.never, row.evidence) for row in rows]
+    each = [(row.word, row.kept, row.frozen, row.saved, row.evidence, row.never) for row in rows]
     kept = _KEPT_BY_RUNS if has_intervals(rows) else _KEPT
     return [*zip((("verdict",), kept, *_OTHERS), zip(*each, strict=True), strict=True)]
 

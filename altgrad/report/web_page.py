@@ -58,7 +58,7 @@ def page(report: RunReport) -> str:
         ImportError: jinja2 or matplotlib is missing.
     """
     pictures = {name: svg(figure, name) for name, figure in report.pictures().items()}
-    memory = measure_memory(report.run)
+    memory = measure_memory(report.run.layers, report.run.recipes)
     return (
         make_environment()
         .get_template("page.html")

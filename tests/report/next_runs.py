@@ -27,7 +27,7 @@ def describe(name: str | Recipe) -> RecipeInfo:
     """Return what the header of a run file says of a recipe; no library is imported."""
     known = name if isinstance(name, Recipe) else LIBRARY_RECIPES.get(name)
     (recipe,) = (known,) if known is not None else get_recipes(name)
-    return RecipeInfo(recipe.name, **describe_recipe(recipe))
+    return RecipeInfo(recipe.name, **describe_recipe(recipe, "tensor"))
 
 
 def make_advice(name: str, verdict: Verdict = FINE, **fields: Any) -> RunAdvice:

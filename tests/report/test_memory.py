@@ -197,7 +197,7 @@ def test_rounding_errors_and_master_copies_stand_beside_weights_of_few_bits() ->
 
 def test_the_memory_of_a_run_has_its_recipes_and_the_run_itself(tmp_path: Path) -> None:
     run = record(tmp_path, torch.optim.SGD, "bf16", "bf16-true", momentum=0.9)
-    found = measure_memory(run)
+    found = measure_memory(run.layers, run.recipes)
     count = sum(math.prod(shape) for shape in SHAPES)
     assert {name: each.saved_share for name, each in found.items()} == {
         "bf16": 0.25,
@@ -206,18 +206,18 @@ def test_the_memory_of_a_run_has_its_recipes_and_the_run_itself(tmp_path: Path) 
     assert found["bf16"].fp32 == 8 * count
     assert found["bf16"].per_parameter == Bytes(2.0, 4.0)
     low = replace(run, layers={n: replace(e, dtype="bfloat16") for n, e in run.layers.items()})
-    assert [*measure_memory(low)] == ["now", "bf16", "bf16-true"]
-    assert measure_memory(low)["now"].bytes == Bytes(2.0 * count, 4.0 * count)
+    assert [*measure_memory(low.layers, low.recipes)] == ["now", "bf16", "bf16-true"]
+    assert measure_memory(low.layers, low.recipes)["now"].bytes == Bytes(2.0 * count, 4.0 * count)
 
 
 def test_what_is_unknown_is_nan_and_says_so(tmp_path: Path) -> None:
     run = record(tmp_path, torch.optim.AdamW, Recipe("own", optimizer=make_sgd), "bf16")
-    own, bf16 = measure_memory(run).values()
+    own, bf16 = measure_memory(run.layers, run.recipes).values()
     assert math.isnan(own.saved_share)
     assert bf16.saved_share == pytest.approx(1 / 6, rel=1e-2)
-    assert (format_saved(own), describe_saved(own)) == ("unknown", "memory unknown")
+    assert (format_saved(own.saved_share), describe_saved(own)) == ("unknown", "memory unknown")
     older = replace(run, layers={n: replace(e, states=None) for n, e in run.layers.items()})
-    found = measure_memory(older)["bf16"]
+    found = measure_memory(older.layers, older.recipes)["bf16"]
     assert found.bytes.weights == 2 * found.parameters
     assert math.isnan(found.bytes.states)
     assert math.isnan(found.fp32)
@@ -226,7 +226,7 @@ def test_what_is_unknown_is_nan_and_says_so(tmp_path: Path) -> None:
 def test_layers_without_a_step_are_not_counted(tmp_path: Path) -> None:
     run = record(tmp_path, torch.optim.AdamW, "bf16")
     unused = {"0": replace(run.layers["0"], states=None)}
-    (memory,) = measure_memory(replace(run, layers=run.layers | unused)).values()
+    (memory,) = measure_memory(run.layers | unused, run.recipes).values()
     assert memory.layers == len(SHAPES) - 1
     assert memory.parameters == sum(math.prod(shape) for shape in SHAPES[1:])
     assert math.isfinite(memory.fp32)
@@ -239,10 +239,10 @@ def make_sgd(parameters: list[nn.Parameter], group: dict[str, Any]) -> torch.opt
 def test_savings_are_said_shortly() -> None:
     memory = Memory("a", 1000, 2, Bytes(2e6, 0.8e6), 7.7e6)
     assert memory.saved_share == pytest.approx(4.9 / 7.7)
-    assert format_saved(memory) == "64 %"
+    assert format_saved(memory.saved_share) == "64 %"
     assert describe_saved(memory) == "saves 4.90 MB of 7.70 MB (64 %)"
     more = replace(memory, bytes=Bytes(8.47e6))
-    assert (format_saved(more), describe_saved(more)) == (
+    assert (format_saved(more.saved_share), describe_saved(more)) == (
         "−10 %",
         "takes 770 kB more than the 7.70 MB of float32",
     )

@@ -106,7 +106,7 @@ def test_layers_that_freeze_in_a_recipe_are_not_stored_so(run: Run) -> None:
 def test_the_progress_of_a_plan_of_one_recipe_is_that_of_the_model(tmp_path: Path) -> None:
     run = record(tmp_path, ["bf16-sr"], twin_elements=1000)
     (row,) = [row for row in run.rows if row.layer is None][-1:]
-    memory = measure_memory(run)["bf16-sr"]
+    memory = measure_memory(run.layers, run.recipes)["bf16-sr"]
     plan = make_plan(run, judge_run(run), memory.bytes.total / memory.fp32)
     assert {*plan.chosen.values()} == {"bf16-sr"}
     assert plan.kept == pytest.approx(row.figures["progress_kept/bf16-sr"], rel=1e-6)

@@ -33,7 +33,8 @@ from altgrad.report.judging.tallies import (
     TwinTally,
 )
 from altgrad.report.judging.twin_rules import find_errors, judge_twin
-from altgrad.report.judging.verdicts import Advice, Assessment, Verdict
+from altgrad.report.judging.verdicts import Advice, Assessment, RunAdvice, Verdict
+from altgrad.report.memory import measure_memory
 from altgrad.report.records.run import Run
 from altgrad.report.records.schema import FormatInfo, LayerInfo, RecipeInfo
 
@@ -75,6 +76,8 @@ class Judge:
         self._recipes = ({} if now is None else {NOW: as_recipe(now)}) | dict(recipes or {})
         self._twins: dict[str, dict[str, TwinTally]] = {}
         self._steps: dict[str, dict[str, StepTally]] = {}
+        self._last_step: int | None = None
+        self._observed = 0  # steps
 
     def add_layers(self, layers: Mapping[str, LayerInfo]) -> None:
         """Add layers that appear in mid-run to the observed layers."""
@@ -99,6 +102,8 @@ class Judge:
                 missing error of a format counts as 0, as if all elements were measured. For
                 underflow_frac and saturated_frac it is estimated, if the layer's sample is known.
         """
+        self._observed += step != self._last_step
+        self._last_step = step
         twins, steps = self._twins.setdefault(layer, {}), self._steps.setdefault(layer, {})
         for name in self._list_twins():
             if f"{PROGRESS}/{name}" in figures:
@@ -128,10 +133,20 @@ class Judge:
             for name, own in shares.items()
             if own
         }
-        runs = add_remedies(runs, self._recipes, shares)
+        runs = self._complete(add_remedies(runs, self._recipes, shares))
         advice = [share.advice for own in layers.values() for share in own.values()]
         suggestions = {name: self._suggest(own) for name, own in layers.items()}
         return Assessment(runs, advice, suggestions, summarize(runs, advice))
+
+    def _complete(self, runs: Mapping[str, RunAdvice]) -> dict[str, RunAdvice]:
+        """Return the verdicts on the run, with the observed steps and the memory that is saved."""
+        tried = {name: each for name, each in self._recipes.items() if name != NOW}
+        memory = measure_memory(self._layers, tried)
+        saved = {name: each.saved_share for name, each in memory.items()}
+        return {
+            name: each._replace(steps=self._observed, saved_share=saved.get(name, math.nan))
+            for name, each in runs.items()
+        }
 
     def _find_families(self) -> dict[str, str | None]:
         """Return the family of the run itself, of each recipe and of each format, by name."""
@@ -258,9 +273,10 @@ class Judge:
 
         Returns:
             Plain numbers by layer and name, under ``twins`` those of recipes, under ``steps`` those
-            of formats.
+            of formats. Under ``observed`` the number of these steps.
         """
         return {
+            "observed": self._observed,
             "twins": _save_tallies(self._twins),
             "steps": _save_tallies(self._steps),
         }
@@ -270,7 +286,7 @@ class Judge:
 
         Tallies of recipes and formats that are not judged here are left out.
         """
-        if {*state} != {"twins", "steps"}:
+        if not {"twins", "steps"} <= {*state} <= {"twins", "steps", "observed"}:
             self._twins = {layer: {} for layer in state}
             self._steps = {
                 layer: {
@@ -281,6 +297,7 @@ class Judge:
                 for layer, own in state.items()
             }
             return
+        self._observed = state.get("observed", 0)
         recipes = self._list_twins()
         self._twins = {
             layer: {n: TwinTally.from_state(each) for n, each in own.items() if n in recipes}

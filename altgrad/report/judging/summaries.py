@@ -52,13 +52,22 @@ def write_sentence(advice: RunAdvice) -> str:
         filter(
             None,
             (
-                f"{advice.recipe}: {write_word(advice)}.",
+                f"{advice.recipe}: {write_word(advice)}{_mark_early(advice)}.",
                 _write_progress(advice),
                 _write_standing(advice),
                 advice.to_do,
             ),
         )
     )
+
+
+def _mark_early(advice: RunAdvice) -> str:
+    return f" ({write_early(advice)})" if advice.is_early else ""
+
+
+def write_early(advice: RunAdvice) -> str:
+    """Write that a verdict rests on few observed steps: “3 steps seen: early”."""
+    return f"{format_count(advice.steps, 'step')} seen: early"
 
 
 def write_word(advice: RunAdvice) -> str:

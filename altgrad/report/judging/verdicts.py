@@ -26,6 +26,8 @@ from altgrad.report.frames import make_frame
 from altgrad.report.judging.calibration import Outcome
 
 PROGRESS, STEP_KEPT = "progress_kept", "kept_update_ratio"
+FEW_STEPS = 10
+"""Number of observed steps below which a verdict is early."""
 
 Interval = tuple[float, float]
 """The lower and the upper end of a confidence interval."""
@@ -151,6 +153,9 @@ class RunAdvice(NamedTuple):
             such run was done.
         to_do: What to do, in one sentence.
         has_twin: True if the verdict rests on twins, False if it rests on single steps.
+        steps: Number of observed steps; 0 if unknown.
+        saved_share: Share that the recipe saves of the memory of weights and optimizer states in
+            float32; below 0 if it takes more, NaN if unknown.
     """
 
     recipe: str
@@ -166,6 +171,13 @@ class RunAdvice(NamedTuple):
     outcome: Outcome | None
     to_do: str
     has_twin: bool
+    steps: int = 0
+    saved_share: float = math.nan
+
+    @property
+    def is_early(self) -> bool:
+        """True if the verdict rests on few observed steps, so that more may change it."""
+        return 0 < self.steps < FEW_STEPS and self.verdict is not Verdict.NOT_JUDGED
 
     @property
     def evidence(self) -> str:

@@ -239,6 +239,8 @@ VERDICT = Fields(
         "behind_share": (Figure(0, 1), math.nan),
         "tested_runs": (Whole(0, LARGEST), 0),
         "lost_runs": (Whole(0, LARGEST), 0),
+        "observed_steps": (Whole(0, LARGEST), 0),
+        "saved_share": (Figure(), math.nan),
     },
 )
 

@@ -38,4 +38,6 @@ def _convert(advice: RunAdvice) -> dict[str, Any]:
         "behind_share": number_as_json(advice.behind_share),
         "tested_runs": advice.outcome.runs if advice.outcome else 0,
         "lost_runs": advice.outcome.lost if advice.outcome else 0,
+        "observed_steps": advice.steps,
+        "saved_share": number_as_json(advice.saved_share),
     }

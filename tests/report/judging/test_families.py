@@ -19,7 +19,7 @@ from tests.report.twin_runs import make_recipe
 
 def describe(recipe: Recipe) -> RecipeInfo:
     """Return the description of a recipe as a run file has it."""
-    return RecipeInfo(recipe.name, **describe_recipe(recipe))
+    return RecipeInfo(recipe.name, **describe_recipe(recipe, "tensor"))
 
 
 def find(recipe: Recipe) -> str | None:
