@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from altgrad._messages import few, format_count, format_percent
 from altgrad.measurement.catalogue import NOW
-from altgrad.report.cells import EARLY, STEP_MARK, find_mark
+from altgrad.report.cells import STEP_MARK, find_mark
 from altgrad.report.judging.calibration import calibration
 from altgrad.report.judging.decimals import (
     format_error,
@@ -71,6 +71,7 @@ class RunRow(NamedTuple):
         evidence: How many real runs with this verdict lost over 10 % of the fall in loss.
         is_step_by_step: True if `share` is that of single updates.
         saved: Share that the recipe saves of the memory of weights and optimizer states.
+        is_early: True if few steps were observed, so that later ones may change the verdict.
     """
 
     recipe: str
@@ -82,6 +83,7 @@ class RunRow(NamedTuple):
     evidence: str
     is_step_by_step: bool
     saved: str
+    is_early: bool
 
     @property
     def kept(self) -> str:
@@ -114,13 +116,14 @@ def _make_row(advice: RunAdvice) -> RunRow:
         _write_outcome(advice),
         is_step_by_step,
         _UNKNOWN if math.isnan(advice.saved_share) else format_saved(advice.saved_share),
+        advice.is_early,
     )
 
 
 def _mark_word(advice: RunAdvice) -> str:
     """Return the verdict in a word or two, with its mark: “watch (noisy)”."""
-    marks = [*filter(None, [find_mark(advice)]), *([EARLY] if advice.is_early else [])]
-    return f"{write_word(advice)} ({', '.join(marks)})" if marks else write_word(advice)
+    mark = find_mark(advice)
+    return f"{write_word(advice)} ({mark})" if mark else write_word(advice)
 
 
 def _write_outcome(advice: RunAdvice) -> str:

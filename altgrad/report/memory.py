@@ -134,6 +134,12 @@ def list_counted(layers: Mapping[str, LayerInfo]) -> dict[str, LayerInfo]:
 
     These are the layers whose optimizer states are known, as those without a step have none; all
     layers if no states are known.
+
+    Args:
+        layers: The observed layers, by name.
+
+    Returns:
+        Those of the layers that count.
     """
     known = {name: each for name, each in layers.items() if each.states is not None}
     return known or dict(layers)

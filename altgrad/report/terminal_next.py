@@ -39,7 +39,8 @@ def print_next(report: RunReport, console: Console, most: int | None = MOST_LINE
     recipe = None
     for line in shown or lines[:1]:
         if line.recipe != recipe:
-            console.print()
+            if recipe is not None:
+                console.print()
             print_text(console, _write_heading(line), "bold")
             recipe = line.recipe
         if shown:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 _KEPT, _KEPT_BY_RUNS = ("progress", "kept"), ("progress kept", "(80 % of real runs)")
 _OTHERS = (("layers", "freeze"), ("saves",), ("such runs", "lost >10 %"), ("never", "move"))
+_EVIDENCE = 4  # index of the column “such runs”
 _LEAST_WIDTH = 10  # characters of a recipe's name
 
 
@@ -63,7 +64,7 @@ def print_runs(report: RunReport, console: Console) -> None:
     print_text(console, write_storage(report.run, runs, report.visible))
     rows = list_rows(runs)
     console.print(_make_table(report, rows, console.width))
-    if _count_fitting(rows, console.width) < len(_list_columns(rows)):
+    if _count_fitting(rows, console.width) <= _EVIDENCE:
         print_text(console, write_evidence(rows), "dim")
     for action in list_actions(runs):
         print_text(console, action)
@@ -113,7 +114,8 @@ def _list_columns(rows: Sequence[RunRow]) -> list[_Column]:
     """Return the columns behind the names of recipes, the most important first."""
     each = [(row.word, row.kept, row.frozen, row.saved, row.evidence, row.never) for row in rows]
     kept = _KEPT_BY_RUNS if has_intervals(rows) else _KEPT
-    return [*zip((("verdict",), kept, *_OTHERS), zip(*each, strict=True), strict=True)]
+    verdict = ("early", "verdict") if any(row.is_early for row in rows) else ("verdict",)
+    return [*zip((verdict, kept, *_OTHERS), zip(*each, strict=True), strict=True)]
 
 
 def _count_fitting(rows: Sequence[RunRow], width: int) -> int:

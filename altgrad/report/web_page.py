@@ -24,7 +24,7 @@ from altgrad.report.answers import (
     write_visible,
 )
 from altgrad.report.canvas import svg
-from altgrad.report.cells import KEPT_MEANING, write_short_cell, write_short_legend
+from altgrad.report.cells import KEPT_MEANING, cell_text, write_short_cell, write_short_legend
 from altgrad.report.colours import CELLS, find_share_colour, find_text_colour
 from altgrad.report.confirmation import FROZEN, MEANING, Confirmation, explain_metric
 from altgrad.report.confirmation_drawing import agreement
@@ -168,6 +168,7 @@ def make_environment() -> Environment:
     )
     environment.filters |= {
         "cell": write_short_cell,
+        "verdict_cell": cell_text,
         "cell_style": _style_cell,
         "kept": format_kept,
         "isnan": math.isnan,

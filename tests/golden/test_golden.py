@@ -125,6 +125,8 @@ def test_a_trainer_writes_the_recorded_rows(tmp_path: Path) -> None:
         json.loads(path.read_text(encoding="utf-8").splitlines()[0])
         for path in (replay.RUN_FILE, tmp_path / replay.RUN_FILE.name)
     )
+    for layer in written["layers"].values():
+        layer.pop("states")  # not in 0.1.0
     assert {key: recorded[key] for key in ("formats", "scaling", "layers")} == {
         key: written[key] for key in ("formats", "scaling", "layers")
     }

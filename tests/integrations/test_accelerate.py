@@ -120,7 +120,7 @@ def test_trackers_get_the_figures(tmp_path: Path) -> None:
     tracker = Plain()
     accelerator = Accelerator(cpu=True, log_with=["tensorboard", tracker], project_dir=tmp_path)
     model, optimizer = accelerator.prepare(*make_training())
-    watched = watch(accelerator, model, optimizer, tmp_path / "run", every_n_steps=1)
+    watched = watch(accelerator, model, optimizer, tmp_path / "run", every_n_steps=1, charts="all")
     accelerator.init_trackers("project")  # also after `watch`
     train(model, optimizer, 2, accelerator.backward)
     rms = watched.latest.model["update_rms"]
@@ -129,7 +129,7 @@ def test_trackers_get_the_figures(tmp_path: Path) -> None:
     assert [*tracker.logged] == [0, 1]
     assert tracker.logged[1]["altgrad/update_rms"] == rms
     events = EventAccumulator(str(tmp_path / "project")).Reload()
-    assert events.Scalars("altgrad/update_rms")[1].value == pytest.approx(rms, rel=1e-6)
+    assert events.Scalars("2-AltGrad-model/update_rms")[1].value == pytest.approx(rms, rel=1e-6)
     assert "5-AltGrad-ranges/ranges" in events.Tags()["images"]
 
 

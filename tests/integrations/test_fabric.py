@@ -87,11 +87,11 @@ def test_weights_that_setup_converts_are_described_as_they_are_trained(tmp_path:
 def test_loggers_of_fabric_get_figures_and_pictures(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, name="board", version="1")
     fabric = lightning.fabric.Fabric(accelerator="cpu", devices=1, loggers=logger)
-    watched, _, _ = train_watched(tmp_path, fabric, is_first=False)
+    watched, _, _ = train_watched(tmp_path, fabric, is_first=False, charts="all")
     watched.close()
     logger.finalize("success")
     events = EventAccumulator(logger.log_dir).Reload()
-    (_, last) = events.Scalars("altgrad/update_rms")
+    (_, last) = events.Scalars("2-AltGrad-model/update_rms")
     rms = watched.latest.model["update_rms"]
     assert (last.step, last.value) == (3, pytest.approx(rms, rel=1e-6))
     assert "5-AltGrad-ranges/ranges" in events.Tags()["images"]

@@ -356,12 +356,12 @@ def test_a_summary_writer_gets_figures_pictures_and_verdicts(tmp_path: Path) -> 
     model, optimizer = make_training()
     with SummaryWriter(tmp_path) as writer:
         run = altgrad.watch(
-            model, optimizer, tmp_path, formats=FORMAT, every_n_steps=1, writer=writer
+            model, optimizer, tmp_path, formats=FORMAT, every_n_steps=1, writer=writer, charts="all"
         )
         train(model, optimizer, 2)
         run.close()
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
-    scalars = events.Scalars("altgrad/update_rms")
+    scalars = events.Scalars("2-AltGrad-model/update_rms")
     rms = [each.value for each in scalars]
     both = [torch.cat([(a - b).flatten() for b, a in step]) for step in optimizer.steps]
     assert rms == pytest.approx([each.square().mean().sqrt().item() for each in both], rel=1e-5)

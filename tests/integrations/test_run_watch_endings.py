@@ -66,7 +66,7 @@ def test_a_summary_without_an_observed_step_says_so(tmp_path: Path) -> None:
     run = altgrad.watch(model, optimizer, tmp_path, every_n_steps=10, warn=[].append)
     train(model, optimizer, 3)
     first, last = run.close().splitlines()
-    assert first == "No step was observed, so there are no verdicts."
+    assert first == "[AltGrad] No step was observed, so there are no verdicts."
     assert last == f"altgrad report {run.path}"
 
 

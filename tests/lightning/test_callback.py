@@ -226,7 +226,7 @@ def test_a_step_that_is_not_due_copies_nothing(tmp_path: Path, monkeypatch: Any)
 def test_figures_are_the_same_with_csv_and_without_a_logger(tmp_path: Path, logger: Any) -> None:
     if logger == "csv":
         logger = CSVLogger(tmp_path)
-    monitor = PrecisionMonitor()
+    monitor = PrecisionMonitor(charts="all")
     run = fit(tmp_path, monitor, logger=logger)
     assert monitor.latest_step == 5
     if logger:
@@ -259,7 +259,7 @@ def test_a_step_without_gradients_has_no_figures(tmp_path: Path) -> None:
         def training_step(self, batch: list[Tensor], batch_index: int) -> Any:
             return None if batch_index == 3 else super().training_step(batch, batch_index)
 
-    run = trainer(tmp_path, PrecisionMonitor(every_n_steps=1))
+    run = trainer(tmp_path, PrecisionMonitor(every_n_steps=1, charts="all"))
     run.fit(Silent(), batches(6))
     stalls = logged(run.logger.log_dir)["altgrad/stall_frac/e5m2/layers.0.weight"]
     assert [step for step, _ in stalls] == [0, 1, 2, 4, 5]

@@ -77,7 +77,7 @@ class Wide(Net):
 def test_a_preset_replaces_arguments_at_their_defaults(
     tmp_path: Path, arguments: Any, elements: int, charted: int, histograms: bool
 ) -> None:
-    monitor = PrecisionMonitor(every_n_steps=1, **arguments)
+    monitor = PrecisionMonitor(every_n_steps=1, charts="all", **arguments)
     run = trainer(tmp_path, monitor)
     run.fit(Wide(), batches(1))
     assert monitor.latest["layers.0.weight"].elements == elements
@@ -131,7 +131,7 @@ def test_layers_are_charted_by_pattern(tmp_path: Path) -> None:
 def test_the_twins_of_a_run_are_those_of_its_recipes(
     tmp_path: Path, arguments: Any, recipes: list[str]
 ) -> None:
-    monitor = PrecisionMonitor("bf16", every_n_steps=2, **arguments)
+    monitor = PrecisionMonitor("bf16", every_n_steps=2, charts="all", **arguments)
     run = fit(tmp_path, monitor)
     assert [*monitor.latest_model.recipes] == recipes
     written = read(monitor.path)

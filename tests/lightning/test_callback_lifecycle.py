@@ -132,7 +132,7 @@ def test_a_second_fit_is_observed_and_leaves_no_hooks(tmp_path: Path) -> None:
 
 
 def test_a_second_run_chooses_its_charted_layers_anew(tmp_path: Path) -> None:
-    monitor = PrecisionMonitor("bf16", layer_charts=1)
+    monitor = PrecisionMonitor("bf16", layer_charts=1, charts="all")
     fit(tmp_path, monitor)
     run = trainer(tmp_path, monitor)
     run.fit(Net(depth=4), batches(6))

@@ -4,11 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from altgrad_lightning import demo as demo_module
 from altgrad_lightning.demo import demo
 from altgrad_lightning.packages import lightning
+from tests.lightning.runs import logged
 
 FORMATS = ("bf16", "e4m3fn", "e5m2")
 
@@ -23,26 +23,18 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_event_file_has_the_metrics_of_eight_layers(demo_folder: Path) -> None:
-    (events,) = demo_folder.glob("version_0/events.*")
-    accumulator = EventAccumulator(str(events)).Reload()
-    tags = accumulator.Tags()["scalars"]
-    per_format = (
-        *("stall_frac", "kept_update_ratio"),  # the two main metrics
-        "stiffness_mean",  # DIAG-01
-        *("grad_stiff_correlation", "grad_below_stiffness_frac"),  # DIAG-04
-    )
-    for metric in per_format:
+def test_the_event_files_have_the_headline_and_the_diagnostics(demo_folder: Path) -> None:
+    tags = logged(str(demo_folder / "version_0"))
+    assert len([tag for tag in tags if tag.startswith("altgrad/")]) <= 80
+    # DIAG-01, 02 and 04, of the model and of charted layers.
+    for metric in ("stiffness_mean", "on_grid_frac", "grad_stiff_correlation"):
         for format in FORMATS:
-            charted = [tag for tag in tags if tag.startswith(f"altgrad/{metric}/{format}/")]
-            assert len(charted) == 8, metric
-    for metric in ("grid_error_mean", "on_grid_frac"):  # DIAG-02, of the model
-        assert {f"altgrad/{metric}/{format}" for format in FORMATS} <= {*tags}
+            assert f"altgrad/{metric}/{format}" in tags
+            assert any(tag.startswith(f"altgrad/{metric}/{format}/") for tag in tags), metric
     for metric in ("ulp_mean", "ulp_zero_frac"):  # DIAG-03
-        assert len([tag for tag in tags if tag.startswith(f"altgrad/{metric}/")]) == 8
-    assert [e.step for e in accumulator.Scalars("loss")] == [9, 19]
-    stalls = accumulator.Scalars("altgrad/stall_frac/bf16/norm.weight")
-    assert [(e.step, e.value) for e in stalls] == [(9, 1.0), (19, 1.0)]
+        assert any(tag.startswith(f"altgrad/{metric}/") for tag in tags)
+    assert [step for step, _ in tags["loss"]] == [9, 19]
+    assert tags["altgrad/frozen_layers/bf16"] == [(9, 7.0), (19, 7.0)]
 
 
 def test_the_demo_writes_a_picture_and_a_report(demo_folder: Path) -> None:

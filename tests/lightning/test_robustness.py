@@ -76,7 +76,7 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_the_loggers_go_on_when_the_disk_is_full(tmp_path: Path, full_disk: Path) -> None:
     logger = WithFolder(full_disk)
-    monitor = PrecisionMonitor(every_n_steps=1)
+    monitor = PrecisionMonitor(every_n_steps=1, charts="all")
     (message,) = collect_notices(tmp_path, monitor, logger=logger)
     assert "goes on without the run file" in message
     assert "No space left on device" in message
@@ -102,7 +102,7 @@ def test_the_loggers_go_on_without_a_writable_directory(tmp_path: Path) -> None:
 
 def test_the_run_file_goes_to_the_root_if_the_logger_has_no_directory(tmp_path: Path) -> None:
     logger = Silent()
-    monitor = PrecisionMonitor()
+    monitor = PrecisionMonitor(charts="all")
     assert collect_notices(tmp_path, monitor, logger=logger) == []
     assert monitor.path == tmp_path / "altgrad.jsonl"
     steps = [step for step, row in logger.rows if "altgrad/stall_frac/bf16" in row]
@@ -179,7 +179,7 @@ def test_nan_in_all_weights_is_logged_without_a_warning(tmp_path: Path) -> None:
         def training_step(self, batch: list[Tensor], batch_index: int) -> Tensor:
             return super().training_step(batch, batch_index) * torch.nan
 
-    monitor = PrecisionMonitor(every_n_steps=1)
+    monitor = PrecisionMonitor(every_n_steps=1, charts="all")
     run = trainer(tmp_path, monitor)
     run.fit(Broken(), batches(3))  # a warning is an error here
     stalls = logged(run.logger.log_dir)["altgrad/stall_frac/bf16"]
@@ -197,7 +197,8 @@ def test_a_logger_is_dropped_after_an_error_in_its_pictures(
 
     board, other = TensorBoardLogger(tmp_path), Silent()
     monkeypatch.setattr(type(board.experiment), "add_image", broken)
-    messages = collect_notices(tmp_path, PrecisionMonitor(every_n_steps=1), logger=[board, other])
+    monitor = PrecisionMonitor(every_n_steps=1, charts="all")
+    messages = collect_notices(tmp_path, monitor, logger=[board, other])
     assert len(messages) == 1
     assert "goes on without TensorBoardLogger, which failed: OSError" in messages[0]
     assert len([row for _, row in other.rows if "altgrad/stall_frac/bf16" in row]) == 6
@@ -216,7 +217,7 @@ def test_waiting_rows_are_logged_when_the_training_raises(tmp_path: Path) -> Non
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     logger = Silent()
-    run = trainer(tmp_path, PrecisionMonitor(every_n_steps=1), logger=logger)
+    run = trainer(tmp_path, PrecisionMonitor(every_n_steps=1, charts="all"), logger=logger)
     with pytest.raises(KeyError, match="the user's own error"):
         run.fit(Still(), batches(6))
     steps = [step for step, row in logger.rows if "altgrad/stall_frac/bf16" in row]

@@ -323,7 +323,8 @@ class Alternating(Rare):
 def test_layers_that_appear_later_are_described_charted_and_judged_like_others(
     tmp_path: Path, module: type[Net], later: str
 ) -> None:
-    monitor, model = PrecisionMonitor("bf16", every_n_steps=1, max_elements=300), module()
+    monitor = PrecisionMonitor("bf16", every_n_steps=1, max_elements=300, charts="all")
+    model = module()
     run = trainer(tmp_path, monitor)
     run.fit(model, batches(6))
     parameters = dict(model.named_parameters())

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 
 from altgrad import SamplingRule
+from altgrad.output import check_layer_charts
 from altgrad_lightning import PrecisionMonitor
 from altgrad_lightning.settings import (
     PRESETS,
     Settings,
     apply_preset,
     check_formats,
-    check_layer_charts,
 )
 
 SIGNATURE = inspect.signature(PrecisionMonitor)

@@ -36,7 +36,7 @@ NAN = math.nan
 KEYS = [
     *("verdict", "sentence", "progress_kept", "interval", "weight_error", "frozen_frac"),
     *("frozen_layers", "frozen_share", "layers", "evidence", "to_do", "has_twin"),
-    *("behind_share", "tested_runs", "lost_runs"),
+    *("behind_share", "tested_runs", "lost_runs", "observed_steps", "saved_share"),
 ]
 """The keys of a verdict on a run, as docs/run-file.md lists them."""
 

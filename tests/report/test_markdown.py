@@ -81,7 +81,7 @@ def test_the_verdict_shows_a_dash_for_missing_figures() -> None:
     run = make_run("bf16", ())._replace(verdict=Verdict.NOT_JUDGED, kept=math.nan, to_do="")
     judged = advice._replace(verdict=Verdict.NOT_JUDGED)
     html = render(write_verdicts(Assessment({"bf16": run}, [judged], {}, "")))
-    assert cells(html.split("<table>")[2])[3:] == ["a", "&#8211;", "none: fp32"]
+    assert cells(html.split("<table>")[2])[3:] == ["a", "&#8211;", "none"]
     assert "–: nothing moved that the recipe could lose" in " ".join(as_text(html).split())
     assert "neither formats nor recipes" in render(write_verdicts(Assessment({}, [], {}, "")))
 
@@ -138,7 +138,9 @@ def test_a_comment_shows_any_layer_name_verbatim(name: str) -> None:
 def test_the_command_writes_a_comment_to_the_terminal_or_a_file(run: Path, tmp_path: Path) -> None:
     shown = altgrad("report", run, "--markdown")
     assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.startswith("<!-- altgrad report -->\n**Not fine: bf16, e5m2.**\n")
+    assert shown.stdout.startswith(
+        "<!-- altgrad report -->\n**Not fine: bf16, e5m2. 3 steps seen: early.**\n"
+    )
     path = tmp_path / "comment.md"
     for _ in range(2):  # a comment is a report, and is replaced
         assert altgrad("report", run, "--markdown", path).returncode == 0

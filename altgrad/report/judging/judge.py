@@ -273,10 +273,10 @@ class Judge:
 
         Returns:
             Plain numbers by layer and name, under ``twins`` those of recipes, under ``steps`` those
-            of formats. Under ``observed`` the number of these steps.
+            of formats. Under ``observed`` the number of these steps, and the last one.
         """
         return {
-            "observed": self._observed,
+            "observed": (self._observed, self._last_step),
             "twins": _save_tallies(self._twins),
             "steps": _save_tallies(self._steps),
         }
@@ -297,7 +297,7 @@ class Judge:
                 for layer, own in state.items()
             }
             return
-        self._observed = state.get("observed", 0)
+        self._observed, self._last_step = state.get("observed", (0, None))
         recipes = self._list_twins()
         self._twins = {
             layer: {n: TwinTally.from_state(each) for n, each in own.items() if n in recipes}

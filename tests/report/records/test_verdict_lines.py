@@ -15,7 +15,7 @@ from tests.report.records.recording import read_strict_lines, written
 KEYS = [
     *("verdict", "sentence", "progress_kept", "interval", "weight_error", "frozen_frac"),
     *("frozen_layers", "frozen_share", "layers", "evidence", "to_do"),
-    *("has_twin", "behind_share", "tested_runs", "lost_runs"),
+    *("has_twin", "behind_share", "tested_runs", "lost_runs", "observed_steps", "saved_share"),
 ]
 
 
