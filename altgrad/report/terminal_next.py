@@ -5,6 +5,7 @@ Read `next_lines` and `printing` first; `terminal` comes next.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -60,7 +61,9 @@ def print_next_recipe(report: RunReport, console: Console) -> None:
     for line in list_next_lines(report)[:1]:
         why = line.why
         if (row := rows.get(line.recipe)) is not None:
-            why = f"{row.recipe}: {row.word}, keeps {row.share}, saves {row.saved} of the memory"
+            why = f"{row.recipe}: {row.word}, keeps {row.share}"
+            if not math.isnan(report.assessment.runs[row.recipe].saved_share):
+                why += f", saves {row.saved} of the memory"
         print_text(console, f"Next: {why}", "bold")
 
 

@@ -25,15 +25,17 @@ from altgrad.report.answers import (
 )
 from altgrad.report.canvas import svg
 from altgrad.report.cells import KEPT_MEANING, write_short_cell, write_short_legend
+from altgrad.report.colours import CELLS, find_share_colour, find_text_colour
 from altgrad.report.confirmation import FROZEN, MEANING, Confirmation, explain_metric
 from altgrad.report.confirmation_drawing import agreement
 from altgrad.report.judging.decimals import format_difference, format_figure, format_kept
 from altgrad.report.judging.summaries import write_nonfinite
-from altgrad.report.judging.verdicts import Assessment, Verdict
+from altgrad.report.judging.verdicts import Advice, Assessment, Verdict
 from altgrad.report.memory import measure_memory
 from altgrad.report.memory_table import NOTE as MEMORY_NOTE, is_known, tabulate_memory, write_memory
 from altgrad.report.names import replace_unprintable_in_lines
 from altgrad.report.next_lines import NextLine, list_next_lines
+from altgrad.report.ranking import LOST
 from altgrad.report.run_report import RunReport
 
 if TYPE_CHECKING:
@@ -164,8 +166,23 @@ def make_environment() -> Environment:
         lstrip_blocks=True,
         loader=FunctionLoader(_read_template),
     )
-    environment.filters |= {"cell": write_short_cell, "kept": format_kept, "isnan": math.isnan}
+    environment.filters |= {
+        "cell": write_short_cell,
+        "cell_style": _style_cell,
+        "kept": format_kept,
+        "isnan": math.isnan,
+    }
+    environment.globals["verdict_colours"] = [
+        (verdict.name, colour, find_text_colour(colour)) for verdict, colour in CELLS.items()
+    ]
     return environment
+
+
+def _style_cell(advice: Advice) -> str:
+    """Return the CSS of a layer's cell: the scale of the pictures, with its own for lost layers."""
+    is_share = advice.verdict not in LOST and not math.isnan(advice.kept)
+    colour = find_share_colour(advice.kept) if is_share else CELLS[advice.verdict]
+    return f"background: {colour}; color: {find_text_colour(colour)}"
 
 
 def _read_template(name: str) -> str:
