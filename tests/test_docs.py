@@ -119,6 +119,7 @@ def test_the_code_on_a_page_runs(
         exec(compile(block, page.name, "exec"), names)
     if page.name == "compare.md":
         _assert_shows(page, names["found"])
+        _assert_shows_report(ROOT / "docs" / "low-precision-runs.md")
     if page.name == "report.md":
         assert names["frozen"] == ["a"]
         assert [*names["table"]["layer"]] == ["=a", "'b", "NA"]
@@ -142,6 +143,20 @@ def _assert_shows(page: Path, found: Confirmation) -> None:
         for pair, start in zip(pairs, (0, 3, 6), strict=True):
             assert pair[:2] == pytest.approx([*map(float, cells[start : start + 2])], abs=0.1)
     assert found.frozen == (3, 3, 3, 18)
+
+
+def _assert_shows_report(page: Path) -> None:
+    """Assert that a page has the lines that `altgrad report` shows of the run in bf16."""
+    shown = {_mask(line) for line in altgrad_command("report", "runs/bf16").stdout.splitlines()}
+    (text,) = blocks(page, "text")
+    lines = {_mask(line) for line in text.splitlines()}
+    assert len(lines) >= 10
+    assert lines <= shown
+
+
+def _mask(line: str) -> str:
+    """Return a line with one space for several, and with 0 for each number."""
+    return re.sub(r"<?\b\d+(\.\d+)?", "0", " ".join(line.split()))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -223,11 +238,11 @@ def test_the_presets_on_the_pages_match_the_code() -> None:
     assert {
         "economy": economy,
         "standard": {},
-        "full": {"max_elements": None, "layer_charts": 16, "histograms": True},
+        "full": {"max_elements": None, "layer_charts": 16, "charts": "all", "histograms": True},
     } == PRESETS  # the presets in docs/sampling.md
     text = (ROOT / "docs" / "sampling.md").read_text()
     assert "| 256 elements of a layer, 4 charted layers, no twins, at most 1 % of the time" in text
-    assert "| all elements, 16 charted layers, histograms |" in text
+    assert "| all elements, all charts of 16 layers, histograms |" in text
 
 
 @pytest.mark.parametrize(
@@ -270,7 +285,7 @@ def test_the_thresholds_on_the_pages_match_the_code() -> None:
 @pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
 def test_the_report_on_a_page_has_the_outcomes_of_the_calibration(page: str) -> None:
     words = {verdict.short: verdict.name for verdict in Verdict}
-    pattern = r"^(\S+) +(\w+) +[.\d]+ \(.*?(\d+) of (\d+)\b"
+    pattern = r"^(\S+) +(\w+)(?: \([\w, ]+\))? +[.\d]+ \(.*?(\d+) of (\d+)\b"
     rows = re.findall(pattern, (ROOT / page).read_text(), re.MULTILINE)
     assert len(rows) >= 3
     for recipe, word, lost, runs in rows:
