@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from altgrad.report.run_report import RunReport
 
 _HEIGHT = 24  # lines of a small terminal
+_MOST_ACTIONS = 3  # sentences of the first screen
 _FEWEST_LAYERS = 1
 """Layers in the table of the first screen, even if there is no room for them."""
 
@@ -36,7 +37,7 @@ def print_first_screen(report: RunReport, console: Console, most_layers: int | N
         most_layers: Maximum number of layers in the table. None shows as many as fit into 24 lines,
             the height of a small terminal, and one at least.
     """
-    print_runs(report, console)
+    print_runs(report, console, _MOST_ACTIONS)
     if most_layers is None:
         most_layers = max(_HEIGHT - _count_other_lines(report, console), _FEWEST_LAYERS)
     print_layers(report, console, most_layers, most_tables=1)
@@ -48,7 +49,7 @@ def print_first_screen(report: RunReport, console: Console, most_layers: int | N
 def _count_other_lines(report: RunReport, console: Console) -> int:
     """Return the number of lines of the first screen, but for the layers in its table."""
     with console.capture() as capture:
-        print_runs(report, console)
+        print_runs(report, console, _MOST_ACTIONS)
         print_layers(report, console, 1, most_tables=1)
         print_next_recipe(report, console)
     return capture.get().count("\n")  # its one layer stands for the last line, which is a command

@@ -45,13 +45,14 @@ _EVIDENCE = 4  # index of the column “such runs”
 _LEAST_WIDTH = 10  # characters of a recipe's name
 
 
-def print_runs(report: RunReport, console: Console) -> None:
+def print_runs(report: RunReport, console: Console, most_actions: int | None = None) -> None:
     """Print how a run is stored, a table of what each recipe would keep of it, and what to do.
 
     Args:
         report: Report of the run.
         console: Console to print on. Columns that do not fit its width are left out; what became of
             such runs is then a sentence.
+        most_actions: Maximum number of sentences on what to do. None prints all.
     """
     runs = report.assessment.runs
     print_text(console, _write_steps(report), "dim")
@@ -66,7 +67,7 @@ def print_runs(report: RunReport, console: Console) -> None:
     console.print(_make_table(report, rows, console.width))
     if _count_fitting(rows, console.width) <= _EVIDENCE:
         print_text(console, write_evidence(rows), "dim")
-    for action in list_actions(runs):
+    for action in list_actions(runs)[:most_actions]:
         print_text(console, action)
 
 
