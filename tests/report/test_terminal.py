@@ -74,7 +74,7 @@ def test_the_first_screen_says_all_in_24_lines_of_80_columns(layers: int) -> Non
         (row,) = (line.split() for line in lines if line.startswith(f"{recipe} "))
         assert row[1] in ("watch", "fine", "remedy", "unsure")
         assert row[2] in ("0.97", "0.96")
-    assert "bf16: blocks.*.attention_norm.weight (3 layers) would freeze. Keep those in" in text
+    assert "bf16: blocks.*.attention_norm.weight (3 layers) would freeze." in text
     heading = next(line for line in lines if line.startswith("layer "))
     assert heading.split()[1:] == DEFAULT_RECIPES
     assert lines[lines.index(heading) + 2].split()[1] == "frozen"
