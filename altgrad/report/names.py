@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from altgrad._messages import format_count
+
 _WIDTH = 44  # characters; leaves most of a picture 8 inches wide to its data
 
 
@@ -40,7 +42,7 @@ def fold_names(names: Iterable[str]) -> list[str]:
         parts = ("*" if part.isdecimal() else part for part in name.split("."))
         groups.setdefault(".".join(parts), []).append(name)
     return [
-        own[0] if len(own) == 1 else f"{pattern} ({len(own):,} layers)"
+        own[0] if len(own) == 1 else f"{pattern} ({format_count(len(own), 'layer')})"
         for pattern, own in groups.items()
     ]
 
