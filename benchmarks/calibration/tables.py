@@ -243,7 +243,9 @@ def _write_outcome(counts: Mapping[str, Any] | None) -> tuple[str, str, str]:
     if counts is None:
         return "0", "–", "–"
     low, _, high = (f"{ratio:.3g}" for ratio in counts["loss_ratios"])
-    return f"{counts['runs']}", f"{counts['lost_10_percent']}", f"{low} to {high}"
+    runs, lost = counts["runs"], counts["lost_10_percent"]
+    least, most = find_wilson(lost, runs)
+    return f"{runs}", f"{lost} ({least:.2f} to {most:.2f})", f"{low} to {high}"
 
 
 def print_verdicts(part: Part, limits: Mapping[str, float]) -> None:
