@@ -22,6 +22,7 @@ from altgrad.report.cells import KEPT_MEANING, cell_text, list_legend
 from altgrad.report.judging.summaries import write_nonfinite
 from altgrad.report.judging.verdicts import Assessment
 from altgrad.report.names import replace_unprintable
+from altgrad.report.next_lines import write_next
 from altgrad.report.ranking import list_lost, rank_layers
 from altgrad.report.run_report import RunReport
 
@@ -58,6 +59,8 @@ def write_comment(report: RunReport) -> str:
     """
     assessment = report.assessment
     lines = [BEGINNING, *_write_run(assessment, report.answer), ""]
+    if next_recipe := write_next(report):
+        lines += [f"**Next:** {_escape(next_recipe)}", ""]
     if assessment.advice:
         count = format_count(len(assessment.by_layer), "layer")
         lines += [f"<details><summary>Layer by layer: {count}</summary>", ""]

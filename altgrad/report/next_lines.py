@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from altgrad._messages import format_count
 from altgrad.measurement.catalogue import NOW
-from altgrad.report.answers import is_low
+from altgrad.report.answers import is_low, list_rows
 from altgrad.report.applying import can_store, group_by_pattern
 from altgrad.report.judging.decimals import format_kept
 from altgrad.report.judging.verdicts import RunAdvice, Verdict
@@ -58,6 +58,26 @@ class NextLine(NamedTuple):
     why: str
     title: str
     code: str
+
+
+def write_next(report: RunReport) -> str:
+    """Write which recipe to train with next, what it keeps and saves; empty without one.
+
+    Args:
+        report: Report of the run.
+
+    Returns:
+        A phrase such as ``bf16-true: fine, keeps 0.98, saves 50 % of the memory``.
+    """
+    line = next(iter(list_next_lines(report)), None)
+    if line is None:
+        return ""
+    rows = {each.recipe: each for each in list_rows(report.assessment.runs)}
+    if (row := rows.get(line.recipe)) is None:  # master weights in float32
+        return line.why
+    is_known = not math.isnan(report.assessment.runs[row.recipe].saved_share)
+    saved = f", saves {row.saved} of the memory" if is_known else ""
+    return f"{row.recipe}: {row.word}, keeps {row.share}{saved}"
 
 
 def list_next_lines(report: RunReport) -> list[NextLine]:

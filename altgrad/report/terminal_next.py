@@ -5,12 +5,10 @@ Read `next_lines` and `printing` first; `terminal` comes next.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from altgrad.report.answers import list_rows
-from altgrad.report.next_lines import NextLine, list_next_lines
+from altgrad.report.next_lines import NextLine, list_next_lines, write_next
 from altgrad.report.printing import print_line, print_text, style_text
 
 if TYPE_CHECKING:
@@ -58,14 +56,8 @@ def print_next_recipe(report: RunReport, console: Console) -> None:
         report: Report of the run.
         console: Console to print on.
     """
-    rows = {row.recipe: row for row in list_rows(report.assessment.runs)}
-    for line in list_next_lines(report)[:1]:
-        why = line.why
-        if (row := rows.get(line.recipe)) is not None:
-            why = f"{row.recipe}: {row.word}, keeps {row.share}"
-            if not math.isnan(report.assessment.runs[row.recipe].saved_share):
-                why += f", saves {row.saved} of the memory"
-        print_text(console, f"Next: {why}", "bold")
+    if next_recipe := write_next(report):
+        print_text(console, f"Next: {next_recipe}", "bold")
 
 
 def _choose_fitting(lines: Sequence[NextLine], console: Console, most: int) -> list[NextLine]:

@@ -34,7 +34,7 @@ from altgrad.report.judging.verdicts import Advice, Assessment, Verdict
 from altgrad.report.memory import measure_memory
 from altgrad.report.memory_table import NOTE as MEMORY_NOTE, is_known, tabulate_memory, write_memory
 from altgrad.report.names import replace_unprintable_in_lines
-from altgrad.report.next_lines import NextLine, list_next_lines
+from altgrad.report.next_lines import NextLine, list_next_lines, write_next
 from altgrad.report.ranking import LOST
 from altgrad.report.run_report import RunReport
 
@@ -68,6 +68,7 @@ def page(report: RunReport) -> str:
             **_fill_first_screen(report.assessment, report),
             run=report.run,
             visible=write_visible(report.visible),
+            next_recipe=write_next(report),
             next_lines=_group_by_recipe(list_next_lines(report)),
             kept_meaning=KEPT_MEANING,
             short_legend=write_short_legend(report.assessment.advice),
