@@ -47,6 +47,8 @@ _CAPTIONS = {
     "0.5, a weight on the grid does not move.",
     "ranges": "Distribution of the weights, and the range of each format.",
 }
+_MOST_REASONS = 200
+"""Layers whose reasons are on the page: those to look at. All would make it slow to open."""
 _STALLS = "Share of the updates that vanish, by layer and step. Dark rows never move."
 
 
@@ -68,6 +70,7 @@ def page(report: RunReport) -> str:
             **_fill_first_screen(report.assessment, report),
             run=report.run,
             visible=write_visible(report.visible),
+            reasons=[*report.by_layer.values()][:_MOST_REASONS],
             next_recipe=write_next(report),
             next_lines=_group_by_recipe(list_next_lines(report)),
             kept_meaning=KEPT_MEANING,

@@ -169,6 +169,16 @@ def test_verdicts_are_in_sight_beside_the_longest_name(tmp_path: Path) -> None:
     assert act(html.replace("</body>", f"{look}</body>"), tmp_path) == {"fits": True}
 
 
+def test_reasons_are_those_of_the_first_200_layers() -> None:
+    rows = [Row(0, f"layer.{k}", figures(), {}) for k in range(201)]
+    html = page(RunReport.from_run(make_run(rows, ["bf16"])))
+    assert "The first 200 of 201 layers; --json and --csv have the reasons of all." in html
+    table, reasons = html.split('id="verdicts"')[1].split('id="reasons"')
+    assert (table.count('td class="layer"'), reasons.count('td class="layer"')) == (201, 200)
+    whole = page(RunReport.from_run(make_run(rows[:200], ["bf16"])))
+    assert "have the reasons of all" not in whole
+
+
 def test_a_layer_without_a_verdict_gets_no_advice() -> None:
     nothing = figures(kept_update_ratio=NAN, stall_frac=NAN, never_moved_frac=NAN)
     run = make_run([Row(0, "a", nothing | {"nonfinite_frac": 1.0}, {})], ["bf16"])
