@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-    from altgrad.report import Advice, Assessment, RunAdvice
+    from altgrad.report import Advice, Assessment, Header, RunAdvice
 
 _COLUMNS = ("layer", "recipe", "verdict", "kept", "frozen_frac", "reason")
 _WHOLE_RUN = "(whole run)"  # in the column of layers
@@ -203,7 +203,9 @@ def log_panels(loggers: Iterable[Any], step: int, panels: Mapping[str, Lines]) -
             logger.log_metrics(charts, step)
 
 
-def log_verdict(loggers: Iterable[Any], step: int, assessment: Assessment) -> None:
+def log_verdict(
+    loggers: Iterable[Any], step: int, assessment: Assessment, header: Header | None = None
+) -> None:
     """Log the verdicts on a run and its layers, as text in TensorBoard and as a table in wandb.
 
     wandb also gets the answer and the verdict on each recipe in the summary of the run.
@@ -212,10 +214,12 @@ def log_verdict(loggers: Iterable[Any], step: int, assessment: Assessment) -> No
         loggers: Loggers of the Trainer.
         step: The step to log at.
         assessment: The verdicts.
+        header: The header of the run file, for how the run is stored, and the next recipe; None
+            leaves both out.
     """
     for logger in loggers:
         if _is_tensorboard(logger):
-            logger.experiment.add_text("altgrad/verdict", write_verdicts(assessment), step)
+            logger.experiment.add_text("altgrad/verdict", write_verdicts(assessment, header), step)
         elif _is_wandb(logger):
             from wandb import Table
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -221,6 +222,7 @@ class Output:
         described = Header.from_json(self._describe_run()).layers
         layers = {name: described[name] for name in record.layers if name not in self._known}
         self._judge.add_layers(layers)
+        self._header = replace(self._header, layers={**self._header.layers, **layers})
         if self._file is not None:
             self._write(partial(self._file.add_layers, layers))
         self._known.update(layers)
@@ -306,7 +308,9 @@ class Output:
         pictures: dict[str, Figure] = {}
         self._try("pictures", lambda: pictures.update(self._pictures(weights, assessment)))
         self._try_loggers(lambda logger: boards.log_pictures([logger], step, pictures))
-        self._try_loggers(lambda logger: boards.log_verdict([logger], step, assessment))
+        self._try_loggers(
+            lambda logger: boards.log_verdict([logger], step, assessment, self._header)
+        )
 
     def _pictures(self, weights: Histogram | None, assessment: Assessment) -> dict[str, Figure]:
         """Draw the maps of layers, and then the ranges of the formats."""

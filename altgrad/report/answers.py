@@ -29,8 +29,7 @@ from altgrad.report.judging.summaries import hides_layers, write_early, write_wo
 from altgrad.report.judging.verdicts import Assessment, RunAdvice, Verdict
 from altgrad.report.memory import format_saved
 from altgrad.report.names import fold_names
-from altgrad.report.records.run import Run
-from altgrad.report.records.schema import LayerInfo, RecipeInfo
+from altgrad.report.records.schema import LayerInfo, RecipeInfo, RunDescription
 
 STEP_BY_STEP = (
     "* of single updates, without a twin: what is lost over many steps is unknown. An interval is "
@@ -238,12 +237,12 @@ def _describe_unmoved(advice: RunAdvice) -> str:
 
 
 def write_storage(
-    run: Run, runs: Mapping[str, RunAdvice], visible: Mapping[str, float] | None = None
+    run: RunDescription, runs: Mapping[str, RunAdvice], visible: Mapping[str, float] | None = None
 ) -> str:
     """Write how a run is stored, and whether anything is lost now; empty without layers.
 
     Args:
-        run: The run, with its observed layers.
+        run: The run, or the header of its file.
         runs: Verdicts on the run, by recipe.
         visible: The model's visible_frac, by name of the format, for a run in float32.
 

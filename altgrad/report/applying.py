@@ -22,8 +22,9 @@ from altgrad.report.judging.judge import find_smallest
 from altgrad.report.judging.verdicts import Advice, Assessment, Verdict
 from altgrad.report.optimizer_lines import list_makers, name_optimizers
 from altgrad.report.records.run import Run
-from altgrad.report.records.schema import FormatInfo
+from altgrad.report.records.schema import FormatInfo, RunDescription
 
+_UNTRIED = "# Judged by single updates: formats without a recipe were not tried over many steps."
 _SHORT_DTYPES, _SHORT_BITS = ("bfloat16", "float16"), 16
 
 
@@ -50,15 +51,18 @@ def write_code(run: Run, assessment: Assessment) -> str:
         return _write_remedy(run, assessment, scaling)
     ((most, count),) = stored.most_common(1)
     settings = quote(most) + scaling
+    untried = [_UNTRIED] if _is_untried(chosen, assessment) else []
     if count == len(chosen):
         return _join_lines(
             run,
             "from altgrad import WeightStorage\n",
+            *untried,
             "# Stores layers that were not observed, too.",
             f"storage = WeightStorage({settings})",
         )
     lines = [
         "from altgrad import SamplingRule, WeightStorage\n",
+        *untried,
         "# A rule stores all layers that it matches, also layers that were not observed.",
         f"storage = WeightStorage(\n    {settings},\n    layers=[",
         *(f"        {rule}," for rule in write_rules(chosen, most)),
@@ -102,6 +106,15 @@ def _write_remedy(run: Run, assessment: Assessment, scaling: str) -> str:
         "# Rounded to nearest, no judged format that WeightStorage supports is known to\n"
         "# store a layer fine.",
         f'storage = WeightStorage({quote(largest)}{scaling}, rounding="stochastic")',
+    )
+
+
+def _is_untried(chosen: Mapping[str, str | None], assessment: Assessment) -> bool:
+    """Return True if a layer's chosen format was judged by single updates, without a twin."""
+    by_layer = assessment.by_layer
+    return any(
+        format is not None and not by_layer[name][format].has_twin
+        for name, format in chosen.items()
     )
 
 
@@ -149,7 +162,7 @@ def _is_finer(run: Run, layer: str, format: str) -> bool:
     return run.layers[layer].dtype not in _SHORT_DTYPES or run.formats[format].bits < _SHORT_BITS
 
 
-def can_store(run: Run, format: str) -> bool:
+def can_store(run: RunDescription, format: str) -> bool:
     """Return True if `WeightStorage` can store weights in a format of this name.
 
     Formats that the user defined, and nvfp4, give False.

@@ -17,6 +17,7 @@ from altgrad.report.answers import (
     list_actions,
     list_rows,
     write_answer,
+    write_storage,
 )
 from altgrad.report.cells import KEPT_MEANING, cell_text, list_legend
 from altgrad.report.judging.summaries import write_nonfinite
@@ -24,6 +25,7 @@ from altgrad.report.judging.verdicts import Assessment
 from altgrad.report.names import replace_unprintable
 from altgrad.report.next_lines import write_next
 from altgrad.report.ranking import list_lost, rank_layers
+from altgrad.report.records.schema import RunDescription
 from altgrad.report.run_report import RunReport
 
 _RUN_HEADINGS = (
@@ -37,16 +39,27 @@ BEGINNING = "<!-- altgrad report -->"
 """The first line of a comment: invisible, and by it a script finds the comment to replace."""
 
 
-def write_verdicts(assessment: Assessment) -> str:
+def write_verdicts(assessment: Assessment, run: RunDescription | None = None) -> str:
     """Return the verdicts on a run, what to do, and a table of layers by recipes, as Markdown.
 
     The first column is ``now``, what the run itself loses, if its weights are stored low. The worst
     layers come first, and at most 100 layers are shown.
+
+    Args:
+        assessment: The verdicts.
+        run: The run, or the header of its file, for how it is stored and which recipe is next. None
+            leaves both out.
+
+    Returns:
+        The Markdown, with names of layers escaped.
     """
     meanings = _list_meanings(assessment)
-    run = _write_run(assessment, write_answer(assessment.runs))
+    stored = write_storage(run, assessment.runs) if run else ""
+    lines = _write_run(assessment, write_answer(assessment.runs), stored)
+    if run:
+        lines += _write_next_recipe(run, assessment)
     layers = _write_layers(assessment, _MOST_LAYERS)
-    return "\n".join([*run, "", *layers, "", *meanings, *_write_notes(assessment)])
+    return "\n".join([*lines, "", *layers, "", *meanings, *_write_notes(assessment)])
 
 
 def write_comment(report: RunReport) -> str:
@@ -58,9 +71,9 @@ def write_comment(report: RunReport) -> str:
         report: The report of a run.
     """
     assessment = report.assessment
-    lines = [BEGINNING, *_write_run(assessment, report.answer), ""]
-    if next_recipe := write_next(report):
-        lines += [f"**Next:** {_escape(next_recipe)}", ""]
+    stored = write_storage(report.run, assessment.runs, report.visible)
+    lines = [BEGINNING, *_write_run(assessment, report.answer, stored)]
+    lines += [*_write_next_recipe(report.run, assessment), ""]
     if assessment.advice:
         count = format_count(len(assessment.by_layer), "layer")
         lines += [f"<details><summary>Layer by layer: {count}</summary>", ""]
@@ -70,9 +83,9 @@ def write_comment(report: RunReport) -> str:
     return "\n".join([*lines, f"<sub>{_escape(about)}</sub>", ""])
 
 
-def _write_run(assessment: Assessment, answer: str) -> list[str]:
+def _write_run(assessment: Assessment, answer: str, stored: str) -> list[str]:
     """Return lines of Markdown on the run: the answer, a table of recipes, and what to do."""
-    lines = [f"**{_escape(answer)}**", ""]
+    lines = [f"**{_escape(answer)}**", "", *([_escape(stored), ""] if stored else [])]
     if broken := write_nonfinite(assessment.nonfinite, assessment.advice):
         lines += [_escape(broken), ""]
     rows = list_rows(assessment.runs)
@@ -83,6 +96,12 @@ def _write_run(assessment: Assessment, answer: str) -> list[str]:
         lines += [_join_cells(map(_escape, texts))]
     actions = [f"- {_escape(action)}" for action in list_actions(assessment.runs)]
     return [*lines, "", *actions]
+
+
+def _write_next_recipe(run: RunDescription, assessment: Assessment) -> list[str]:
+    """Return lines of Markdown with the recipe to train with next; none without one."""
+    next_recipe = write_next(run, assessment.runs)
+    return ["", f"**Next:** {_escape(next_recipe)}"] if next_recipe else []
 
 
 def _write_notes(assessment: Assessment) -> list[str]:

@@ -30,8 +30,7 @@ from altgrad.report.library_lines import (
     write_small_states,
 )
 from altgrad.report.optimizer_lines import Maker, list_makers
-from altgrad.report.records.run import Run
-from altgrad.report.records.schema import RecipeInfo
+from altgrad.report.records.schema import RecipeInfo, RunDescription
 from altgrad.report.simulation_lines import find_module, write_simulation
 
 if TYPE_CHECKING:
@@ -60,22 +59,23 @@ class NextLine(NamedTuple):
     code: str
 
 
-def write_next(report: RunReport) -> str:
+def write_next(run: RunDescription, runs: Mapping[str, RunAdvice]) -> str:
     """Write which recipe to train with next, what it keeps and saves; empty without one.
 
     Args:
-        report: Report of the run.
+        run: The run, or the header of its file.
+        runs: Verdicts on the run, by recipe.
 
     Returns:
         A phrase such as ``bf16-true: fine, keeps 0.98, saves 50 % of the memory``.
     """
-    line = next(iter(list_next_lines(report)), None)
+    line = next(iter(_Proposer(run, runs).list_lines()), None)
     if line is None:
         return ""
-    rows = {each.recipe: each for each in list_rows(report.assessment.runs)}
+    rows = {each.recipe: each for each in list_rows(runs)}
     if (row := rows.get(line.recipe)) is None:  # master weights in float32
         return line.why
-    is_known = not math.isnan(report.assessment.runs[row.recipe].saved_share)
+    is_known = not math.isnan(runs[row.recipe].saved_share)
     saved = f", saves {row.saved} of the memory" if is_known else ""
     return f"{row.recipe}: {row.word}, keeps {row.share}{saved}"
 
@@ -89,21 +89,22 @@ def list_next_lines(report: RunReport) -> list[NextLine]:
     Args:
         report: Report of the run.
     """
-    return _Proposer(report).list_lines()
+    return _Proposer(report.run, report.assessment.runs).list_lines()
 
 
 class _Proposer:
     """A writer of the next lines of one run.
 
     Args:
-        report: Report of the run.
+        run: The run, or the header of its file.
+        runs: Verdicts on the run, by recipe.
     """
 
-    def __init__(self, report: RunReport) -> None:
-        self._run: Run = report.run
-        self._runs: Mapping[str, RunAdvice] = report.assessment.runs
-        self._makers: Mapping[Maker, int] = list_makers(report.run)
-        self._is_low = is_low(report.run.layers, report.assessment.runs)
+    def __init__(self, run: RunDescription, runs: Mapping[str, RunAdvice]) -> None:
+        self._run = run
+        self._runs = runs
+        self._makers: Mapping[Maker, int] = list_makers(run)
+        self._is_low = is_low(run.layers, runs)
 
     def list_lines(self) -> list[NextLine]:
         """Return the lines, those of the first proposal first."""

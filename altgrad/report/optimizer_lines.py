@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from altgrad.report.records.run import Run
+from altgrad.report.records.schema import RunDescription
 
 _PUBLIC = {
     "torch": "torch.optim",
@@ -74,7 +74,7 @@ class Maker(NamedTuple):
         return f"{name}({parameters}, **{arguments}{options})"
 
 
-def list_makers(run: Run) -> dict[Maker, int]:
+def list_makers(run: RunDescription) -> dict[Maker, int]:
     """Return the classes of a run's own optimizers, and how many it has of each.
 
     Args:

@@ -15,12 +15,11 @@ from altgrad.report.applying import can_store, group_by_pattern, quote, write_sc
 from altgrad.report.judging.remedies import find_format
 from altgrad.report.library_lines import Lines
 from altgrad.report.optimizer_lines import Maker, name_optimizers
-from altgrad.report.records.run import Run
-from altgrad.report.records.schema import RecipeInfo
+from altgrad.report.records.schema import RecipeInfo, RunDescription
 
 
 def write_simulation(
-    run: Run,
+    run: RunDescription,
     recipe: RecipeInfo,
     makers: Mapping[Maker, int],
     kept: Collection[str] = (),
@@ -84,7 +83,7 @@ def _join_call(function: str, arguments: list[str]) -> str:
     return f"{function}(\n" + "".join(f"    {each},\n" for each in arguments) + ")"
 
 
-def _write_recipe(run: Run, recipe: RecipeInfo) -> str:
+def _write_recipe(run: RunDescription, recipe: RecipeInfo) -> str:
     """Return code that makes a `Recipe` of formats; empty if the recipe is not one of formats."""
     weights, states = find_format(recipe), dict(recipe.states)
     if recipe.optimizer is not None or recipe.accumulate is not None:
@@ -111,7 +110,7 @@ def _write_recipe(run: Run, recipe: RecipeInfo) -> str:
     return f"Recipe({', '.join(arguments)})"
 
 
-def _write_rules(run: Run, kept: Collection[str]) -> list[str]:
+def _write_rules(run: RunDescription, kept: Collection[str]) -> list[str]:
     """Return the code of rules that leave the layers of some modules as they are."""
     chosen = {layer: "kept" if find_module(layer) in kept else None for layer in run.layers}
     return [

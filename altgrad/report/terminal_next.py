@@ -56,7 +56,7 @@ def print_next_recipe(report: RunReport, console: Console) -> None:
         report: Report of the run.
         console: Console to print on.
     """
-    if next_recipe := write_next(report):
+    if next_recipe := write_next(report.run, report.assessment.runs):
         print_text(console, f"Next: {next_recipe}", "bold")
 
 

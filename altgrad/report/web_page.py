@@ -71,7 +71,7 @@ def page(report: RunReport) -> str:
             run=report.run,
             visible=write_visible(report.visible),
             reasons=[*report.by_layer.values()][:_MOST_REASONS],
-            next_recipe=write_next(report),
+            next_recipe=write_next(report.run, report.assessment.runs),
             next_lines=_group_by_recipe(list_next_lines(report)),
             kept_meaning=KEPT_MEANING,
             short_legend=write_short_legend(report.assessment.advice),

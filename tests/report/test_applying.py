@@ -30,18 +30,25 @@ def write_lines(
     own=OWN,
     dtype="float32",
     optimizers=MappingProxyType({}),
+    figures=MappingProxyType({}),
 ) -> str:
     """Write the code for a run with these verdicts by layer and format."""
     names = dict.fromkeys(f for by_format in verdicts.values() for f in by_format)
     formats = {f: FormatInfo.from_format(own.get(f) or get_formats(f)[0], scaling) for f in names}
     layers = {n: LayerInfo((4, 4), dtype, 16, tuple(fs)) for n, fs in verdicts.items()}
     advice = [
-        Advice(layer, format, verdict, {}, {}, "")
+        Advice(layer, format, verdict, figures, {}, "")
         for layer, by_format in verdicts.items()
         for format, verdict in by_format.items()
     ]
     run = Run(Path("run"), formats, scaling, layers, [], [], [], {}, "", optimizers=optimizers)
     return write_code(run, Assessment({}, advice, {}, ""))
+
+
+def test_lines_say_that_a_format_was_judged_by_single_updates_alone() -> None:
+    verdicts = {"a": {"bf16": FINE}, "b": {"bf16": WATCH}}
+    assert "# Judged by single updates" in write_lines(verdicts)
+    assert "single updates" not in write_lines(verdicts, figures={"progress_kept": 0.99})
 
 
 def run_lines(lines: str, names: list[str]) -> dict[str, str]:

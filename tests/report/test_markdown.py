@@ -120,6 +120,19 @@ def test_a_comment_has_the_first_screen_and_folds_the_layers(tmp_path: Path) -> 
     assert "4 steps observed" in layers
 
 
+def test_a_comment_and_the_text_page_say_how_the_run_is_stored_and_what_is_next(
+    tmp_path: Path,
+) -> None:
+    report = RunReport.from_run(record_bf16(tmp_path))
+    text = write_verdicts(report.assessment, report.run)
+    pages = [render_comment(write_comment(report)), render(text)]
+    for html in pages:
+        screen = as_text(html.split("gain</td>")[0])
+        assert "Weights are bfloat16. “now” is what the run keeps" in screen
+        assert "Next:</strong> bf16-kahan: fine, keeps" in screen
+    assert "Next:" not in write_verdicts(report.assessment)
+
+
 def test_a_comment_folds_away_the_worst_20_layers() -> None:
     layers = tuple(f"layer.{k}" for k in range(50))
     report = RunReport(make_plain_run([]), assessment(layers))

@@ -50,15 +50,21 @@ def test_the_recipe_with_the_fewest_bytes_comes_first_and_master_weights_last() 
     assert list_titles(report, "fp32") == ["PyTorch", "Lightning", "FSDP2"]
 
 
+def write_first(report: RunReport) -> str:
+    return write_next(report.run, report.assessment.runs)
+
+
 def test_the_next_recipe_is_a_phrase_for_the_first_screen() -> None:
     saving = make_advice("bf16-true", saved_share=0.5)
-    assert write_next(make_report(saving)) == (
+    assert write_first(make_report(saving)) == (
         "bf16-true: fine, keeps 1.00, saves 50 % of the memory"
     )
     unknown = make_report(make_advice("bf16-sr"))
-    assert write_next(unknown) == "bf16-sr: fine, keeps 1.00"
-    assert write_next(make_report(make_advice("e4m3fn", REMEDY))).startswith("fp32: master weights")
-    assert write_next(RunReport(make_run([]), Assessment({}, [], {}, ""))) == ""
+    assert write_first(unknown) == "bf16-sr: fine, keeps 1.00"
+    assert write_first(make_report(make_advice("e4m3fn", REMEDY))).startswith(
+        "fp32: master weights"
+    )
+    assert write_first(RunReport(make_run([]), Assessment({}, [], {}, ""))) == ""
 
 
 def test_of_as_many_bytes_the_one_that_keeps_most_comes_first() -> None:

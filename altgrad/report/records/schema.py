@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from altgrad.measurement.catalogue import NOW
 from altgrad.monitor.header import describe_format
@@ -230,6 +230,37 @@ class RecipeInfo:
     bytes_per_parameter: float
     accumulate: str | None = None
     sizes: RecipeSizes | None = None
+
+
+class RunDescription(Protocol):
+    """A description of a run without its figures: a `Header`, or an `altgrad.report.Run`.
+
+    Attributes are those of `Header`.
+    """
+
+    @property
+    def formats(self) -> Mapping[str, FormatInfo]:
+        """Judged number formats, by name."""
+
+    @property
+    def layers(self) -> Mapping[str, LayerInfo]:
+        """Observed layers (parameter tensors), by name."""
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """The sharing of scales among weights, as in `altgrad.measure`."""
+
+    @property
+    def recipes(self) -> Mapping[str, RecipeInfo]:
+        """Recipes that were tried on samples (twins), by name."""
+
+    @property
+    def now(self) -> RecipeInfo | None:
+        """The storage of the run itself; None if unknown."""
+
+    @property
+    def optimizers(self) -> Mapping[str, int]:
+        """The number of optimizers of each class."""
 
 
 @dataclass(frozen=True)
