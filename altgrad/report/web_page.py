@@ -71,7 +71,6 @@ def page(report: RunReport) -> str:
             run=report.run,
             visible=write_visible(report.visible),
             reasons=[*report.by_layer.values()][:_MOST_REASONS],
-            next_recipe=write_next(report.run, report.assessment.runs),
             next_lines=_group_by_recipe(list_next_lines(report)),
             kept_meaning=KEPT_MEANING,
             short_legend=write_short_legend(report.assessment.advice),
@@ -122,6 +121,7 @@ def _fill_first_screen(assessment: Assessment, report: RunReport | None) -> dict
         "interval": INTERVAL,
         "actions": list_actions(runs),
         "broken": write_nonfinite(assessment.nonfinite, assessment.advice),
+        "next_recipe": write_next(report.run, runs) if report else "",
     }
 
 

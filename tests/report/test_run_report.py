@@ -9,6 +9,7 @@ import pytest
 
 from altgrad import Histogram
 from altgrad.report import LayerInfo, Row, RunReport
+from altgrad.report.next_lines import write_next
 from tests.report.pictures import read_texts
 from tests.report.runs import make_rows, make_run
 from tests.report.shown_runs import record_fp32
@@ -206,4 +207,6 @@ def test_a_run_and_its_verdicts_are_shown_in_a_line_and_in_a_notebook(tmp_path: 
         html = shown._repr_html_()  # the protocol of notebooks
         assert html.count("<tr>") == 1 + len(found.recipes)
         assert found.answer in html
-    assert "nothing is lost now" in run._repr_html_()  # the protocol of notebooks
+    html = run._repr_html_()  # the protocol of notebooks
+    assert "nothing is lost now" in html
+    assert f"<b>Next:</b> {write_next(run, runs)}</p>" in html
