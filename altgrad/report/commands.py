@@ -207,11 +207,13 @@ def _show(
         _fail(obstacle)
     if not force and (refusal := find_refusal(files, inputs)):
         _fail(f"{refusal}; choose another file, or pass --force")
+    # Made before anything is printed: a library may be missing.
+    texts = [(path, make_text()) for path, make_text in chosen]
     shows_all = len(files) == len(chosen)  # or the terminal shows another output alone
     if shows_all:
         print_all(Console())
-    for path, make_text in chosen:
-        _write(path, make_text())
+    for path, text in texts:
+        _write(path, text)
         if shows_all:
             print_line(f"Written: {path}", Console())
 

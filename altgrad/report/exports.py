@@ -53,7 +53,7 @@ def as_json(report: RunReport) -> dict[str, Any]:
     """
     by_layer, suggestions = report.by_layer, report.assessment.suggestions
     return {
-        **_begin("report"),
+        **begin_json("report"),
         "path": str(report.run.path),
         "created": report.run.created,
         "versions": dict(report.run.versions),
@@ -143,7 +143,7 @@ def confirmation_as_json(confirmation: Confirmation) -> dict[str, Any]:
     """
     model = confirmation.model
     return {
-        **_begin("confirmation"),
+        **begin_json("confirmation"),
         "predicting": str(confirmation.predicting.path),
         "real": str(confirmation.real.path),
         "recipe": confirmation.recipe,
@@ -191,7 +191,7 @@ def comparison_as_json(comparison: Comparison) -> dict[str, Any]:
             "differs": first.verdict is not second.verdict,
         }
     return {
-        **_begin("comparison"),
+        **begin_json("comparison"),
         "a": str(comparison.runs[0].run.path),
         "b": str(comparison.runs[1].run.path),
         "summary": comparison.summary,
@@ -219,7 +219,7 @@ def comparison_as_csv(comparison: Comparison) -> str:
     return "".join(map(_format_line, rows))
 
 
-def _begin(kind: str) -> dict[str, Any]:
+def begin_json(kind: str) -> dict[str, Any]:
     """Return the first keys of each JSON: the version of its keys, and what it is about."""
     return {"schema": JSON_SCHEMA, "kind": kind}
 

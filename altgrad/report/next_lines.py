@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from altgrad._messages import format_count
+from altgrad._messages import few, format_count
 from altgrad.measurement.catalogue import NOW
 from altgrad.report.answers import is_low, list_rows
 from altgrad.report.applying import can_store, group_by_pattern
@@ -115,7 +115,8 @@ class _Proposer:
         if not each:
             each = [lines for name in self._list_formats() if (lines := self._write_format(name))]
         each.sort(key=lambda lines: lines[0].title.startswith("Simulation"))
-        return [line for lines in [*each, self._write_master(is_first=not each)] for line in lines]
+        master = self._write_master(proposed, is_first=not each)
+        return [line for lines in [*each, master] for line in lines]
 
     def _find_proposed(self) -> list[RunAdvice]:
         """Return the verdicts on the recipes to propose: fewest bytes first, then most kept."""
@@ -210,18 +211,31 @@ class _Proposer:
 
     # --- float32 master weights
 
-    def _write_master(self, *, is_first: bool) -> list[NextLine]:
-        """Return the lines that keep float32 master weights; empty for a run that needs none."""
+    def _write_master(self, proposed: Sequence[RunAdvice], *, is_first: bool) -> list[NextLine]:
+        """Return the lines that keep float32 master weights; empty for a run that needs none.
+
+        Args:
+            proposed: The verdicts on the recipes to propose.
+            is_first: True if there are no lines for any of these.
+        """
         if self._is_fine_now():
             return []
         why = "fp32: master weights in float32 lose nothing, while the loss is computed in bf16."
         if is_first:
-            why = f"{why} No recipe that was tried is fine."
+            why = f"{why} {_explain_none(proposed)}"
         return _add_why(MASTER, why, write_master_lines(self._makers, is_low=self._is_low))
 
 
 def _add_why(recipe: str, why: str, lines: Iterable[Lines]) -> list[NextLine]:
     return [NextLine(recipe, why, each.title, each.code) for each in lines]
+
+
+def _explain_none(proposed: Sequence[RunAdvice]) -> str:
+    """Return a sentence that says why there are no lines for the recipes to propose."""
+    if not proposed:
+        return "No recipe that was tried is fine."
+    names = few([f"{each.recipe} ({each.verdict.short})" for each in proposed])
+    return f"No lines are known for {names}: write them as you wrote the recipe."
 
 
 def _describe(advice: RunAdvice, recipe: RecipeInfo, *, keeps: bool) -> str:

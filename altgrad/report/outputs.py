@@ -16,7 +16,7 @@ from altgrad.report.records.reading import is_run_file_name
 _TEXT = rb'"(?:[^"\\]|\\.)*"'  # a string of JSON
 _REPORT = re.compile(
     rb"<!DOCTYPE html>.{,500}<title>AltGrad: "
-    rb'|\{\s*"schema": \d+,\s*"kind": "(?:report|confirmation|comparison)",'
+    rb'|\{\s*"schema": \d+,\s*"kind": "(?:report|confirmation|comparison|plan)",'
     # JSON without a schema, of AltGrad 0.1.0
     rb'|\{\s*"path": ' + _TEXT + rb',\s*"created": ' + _TEXT + rb',\s*"versions": \{'
     rb"|layer,(?:format|recipe),verdict(?:_a)?,"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from altgrad._messages import format_count, format_percent
+from altgrad.report.exports import begin_json
 from altgrad.report.judging.decimals import format_kept
 from altgrad.report.memory import format_bytes
 from altgrad.report.names import shorten_names
@@ -96,6 +97,7 @@ def plan_as_json(run: Run, plan: Plan) -> dict[str, Any]:
         cannot be chosen by layer, notes, and code that applies the plan.
     """
     return {
+        **begin_json("plan"),
         "path": str(run.path),
         "created": run.created,
         "versions": dict(run.versions),

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from altgrad.report import Comparison, Confirmation, Row, RunReport
+from altgrad.report import Comparison, Confirmation, Row, RunReport, Verdict
 from altgrad.report.exports import as_json, comparison_as_json, confirmation_as_json
+from altgrad.report.plan_table import plan_as_json
+from altgrad.report.planning import Option, Plan, Planned
 from tests.report.confirming import make_twin_run, share
 from tests.report.runs import figures as format_figures, make_run
 from tests.report.twin_runs import figures, make_recipe
@@ -37,12 +39,23 @@ def make_confirmation() -> Confirmation:
     return Confirmation(*runs, "bf16-true")
 
 
+def make_plan_value() -> dict[str, Any]:
+    run = make_report(frozen=0.0).run
+    layers = [
+        Planned("gain", Option("fp32", 1.0, 12.0), 12.0, 0.5),
+        Planned("head", Option("e5m2", 0.75, 9.0, Verdict.WATCH), 12.0, 0.5),
+    ]
+    plan = Plan(0.9, layers, run.recipes, {}, by_movement=True)
+    return plan_as_json(run, plan)
+
+
 def make_values() -> dict[str, dict[str, Any]]:
     """Return the JSON of each kind."""
     return {
         "report": as_json(make_report()),
         "comparison": comparison_as_json(Comparison((make_report(), make_report(frozen=0.0)))),
         "confirmation": confirmation_as_json(make_confirmation()),
+        "plan": make_plan_value(),
     }
 
 

@@ -101,6 +101,14 @@ def test_without_any_recipe_master_weights_are_proposed() -> None:
     assert find_why(report, "fp32").endswith("No recipe that was tried is fine.")
 
 
+def test_a_fine_recipe_without_lines_is_named() -> None:
+    sums = Recipe("sums", accumulate="bf16")
+    report = make_report(make_advice("sums"), recipes=[sums])
+    assert find_why(report, "fp32").endswith(
+        "No lines are known for sums (fine): write them as you wrote the recipe."
+    )
+
+
 def test_modules_whose_layers_freeze_are_kept_in_float32() -> None:
     report = make_report(make_advice("bf16-true", frozen=NORMS, frozen_share=0.01))
     assert find_why(report, "bf16-true").endswith(

@@ -76,8 +76,8 @@ def test_a_narrow_terminal_shortens_names_of_layers(run: Run, plan: Plan) -> Non
 def test_json_has_the_plan_with_stable_keys(run: Run, plan: Plan) -> None:
     value = json.loads(json.dumps(plan_as_json(run, plan), allow_nan=False))
     assert [*value] == [
-        *("path", "created", "versions", "budget", "bytes", "fp32_bytes", "progress_kept"),
-        *("weighted_by", "layers", "left_out", "notes", "code"),
+        *("schema", "kind", "path", "created", "versions", "budget", "bytes", "fp32_bytes"),
+        *("progress_kept", "weighted_by", "layers", "left_out", "notes", "code"),
     ]
     assert value["weighted_by"] == "movement"
     assert {name: each["recipe"] for name, each in value["layers"].items()} == plan.chosen
