@@ -58,6 +58,31 @@ def photograph_report(folder: Path) -> bytes:
     return photograph(folder, (folder / RUN / "report.html").as_uri(), width=1200, height=1180)
 
 
+def photograph_narrow_report(folder: Path) -> bytes:
+    """Photograph the page as wide as a phone: headless Chromium has no narrower window than 500."""
+    frame = folder / "narrow.html"
+    source = (folder / RUN / "report.html").as_uri()
+    frame.write_text(
+        f'<body style="margin:0"><iframe src="{source}" width="390" height="1180" frameborder="0">'
+    )
+    with Image.open(io.BytesIO(photograph(folder, frame.as_uri(), 500, 1180))) as whole:
+        file = io.BytesIO()
+        whole.crop((0, 0, 390, 1180)).save(file, "PNG")
+    return file.getvalue()
+
+
+def photograph_notebook(folder: Path) -> bytes:
+    """Photograph what a notebook shows of the run at the end of a cell."""
+    code = f"""
+from altgrad.report import read
+with open("cell.html", "w", encoding="utf-8") as cell:
+    cell.write('<meta charset="utf-8"><body style="font: 14px sans-serif">')
+    cell.write(read("{RUN}")._repr_html_())
+"""
+    run_python("-c", code, folder=folder)  # there, the path of the run is a short one
+    return photograph(folder, (folder / "cell.html").as_uri(), width=900, height=610)
+
+
 def photograph_scalars(folder: Path) -> bytes:
     with serve_tensorboard(folder) as address:
         return photograph(folder, f"{address}?smoothing=0#timeseries", width=1500, height=1180)
@@ -125,6 +150,8 @@ def draw_predicted(folder: Path) -> bytes:
 OF_THE_DEMO: Mapping[str, Callable[[Path], bytes]] = {
     "demo": draw_demo,
     "report": photograph_report,
+    "report-narrow": photograph_narrow_report,
+    "notebook": photograph_notebook,
     "ranges": partial(draw_from_report, name="ranges"),
     "stall-map": partial(draw_from_report, name="stalls-0"),
     "steps": partial(draw_from_report, name="steps"),
