@@ -43,7 +43,8 @@ def main() -> None:
     except ImportError:
         sys.exit(f"altgrad: expected the packages typer and rich; run {_REMEDY}")
     app = typer.Typer(
-        help="If I kept my weights in this number format, would they still move?",
+        help="If you stored your weights and optimizer states in fewer bits, would your training "
+        "still learn?",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,

@@ -72,8 +72,8 @@ class PrecisionMonitor(Callback):
     - ``altgrad/{metric}`` and ``altgrad/{metric}/{format}``: DIAG-01 to 04 of the model, and
       ``altgrad/{metric}/{layer}`` and ``altgrad/{metric}/{format}/{layer}`` of a layer that
       `layer_charts` chooses, a charted layer.
-    - With ``charts="all"`` the same for all other metrics, and ``altgrad/monitor/…``: the number of
-      measured elements and the number of skipped steps.
+    - With ``charts="all"`` all other metrics of the model, some of the charted layers, and
+      ``altgrad/monitor/…``: the number of measured elements and the number of skipped steps.
 
     In TensorBoard a tag is ``{group}/{metric}[/{layer}]``, and each format and recipe is a run, in
     the folder ``altgrad/{name}`` of the log folder.
@@ -104,7 +104,7 @@ class PrecisionMonitor(Callback):
             appear later. None charts up to 8, as many as leave at most 80 charts: 4 with the
             default formats. All layers are in `latest` and in the run file.
         charts: ``"default"`` for the headline and DIAG-01 to 04, at most 80 charts with the default
-            formats, or ``"all"`` for all metrics, about 460.
+            formats, or ``"all"`` for all metrics, about 490.
         histograms: If True, log histograms of abs(update) / stiffness to TensorBoard and wandb at
             each observed step, for the model and the charted layers. The stiffness is the distance
             between a format's neighbouring numbers at a weight. The histograms take more disk space

@@ -108,7 +108,8 @@ def _report(monitor: PrecisionMonitor, folder: Path) -> None:
     print_first_screen(report, console)
     log_dir = monitor.path.parent
     number = monitor.path.stem.removeprefix("altgrad")  # "-2" for the second run of a folder
-    html, picture = log_dir / f"report{number}.html", log_dir / f"formats{number}.png"
+    html, picture = log_dir / f"report{number}.html", log_dir / f"recipes{number}.png"
+    console.print("Drawing the page and a picture of it …")
     html.write_text(page(report), encoding="utf-8")
     picture.write_bytes(png(report.pictures()["kept"], dpi=150))
     shown = {

@@ -42,11 +42,19 @@ def shrink(picture: bytes) -> bytes:
     return file.getvalue()
 
 
+def crop(picture: bytes, width: int) -> bytes:
+    """Return the left part of a PNG, `width` pixels wide."""
+    file = io.BytesIO()
+    with Image.open(io.BytesIO(picture)) as whole:
+        whole.crop((0, 0, width, whole.height)).save(file, "PNG")
+    return file.getvalue()
+
+
 # --- pictures of the demo, which has run in `folder`
 
 
 def draw_demo(folder: Path) -> bytes:
-    return (folder / RUN / "formats.png").read_bytes()
+    return (folder / RUN / "recipes.png").read_bytes()
 
 
 def draw_from_report(folder: Path, name: str) -> bytes:
@@ -65,10 +73,7 @@ def photograph_narrow_report(folder: Path) -> bytes:
     frame.write_text(
         f'<body style="margin:0"><iframe src="{source}" width="390" height="1180" frameborder="0">'
     )
-    with Image.open(io.BytesIO(photograph(folder, frame.as_uri(), 500, 1180))) as whole:
-        file = io.BytesIO()
-        whole.crop((0, 0, 390, 1180)).save(file, "PNG")
-    return file.getvalue()
+    return crop(photograph(folder, frame.as_uri(), 500, 1180), width=390)
 
 
 def photograph_notebook(folder: Path) -> bytes:
@@ -85,7 +90,8 @@ with open("cell.html", "w", encoding="utf-8") as cell:
 
 def photograph_scalars(folder: Path) -> bytes:
     with serve_tensorboard(folder) as address:
-        return photograph(folder, f"{address}?smoothing=0#timeseries", width=1500, height=1180)
+        page = photograph(folder, f"{address}?smoothing=0#timeseries", width=1500, height=1180)
+    return crop(page, width=1249)  # to the right are settings
 
 
 def photograph_text(folder: Path) -> bytes:

@@ -9,6 +9,8 @@ Read `step_numbers` first. The next file is `transformers`; it, `accelerate` and
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
 import threading
 import weakref
@@ -127,6 +129,16 @@ def watch(
     return run.attach(*list_optimizers(optimizer), scaler=scaler)
 
 
+def _check_names(arguments: Mapping[str, Any]) -> None:
+    """Raise TypeError if `UpdateMonitor` knows no argument of a name."""
+    known = inspect.signature(UpdateMonitor).parameters
+    for name, value in arguments.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {near[0]}?" if near else "see altgrad.watch for those it knows"
+            raise TypeError(f"{name}={value!r}: unknown argument; {remedy}")
+
+
 def list_optimizers(optimizer: Any) -> list[Any]:
     """Return a list of optimizers for one optimizer, or for a list or tuple of several."""
     return [*optimizer] if isinstance(optimizer, (list, tuple)) else [optimizer]
@@ -184,6 +196,7 @@ class RunWatch:
         charts: ChartKind = "default",
         **arguments: Any,
     ) -> None:
+        _check_names(arguments)
         self._settings = OutputSettings(
             check_layer_charts(layer_charts), check_charts(charts), strict=strict
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -183,6 +184,7 @@ class PrecisionCallback(TrainerCallback):
         """Stop observing, write the last figures and verdicts, and print the summary."""
         with self._guarded("had an error at the end"):
             if self.run is not None and (summary := self.run.close()):
+                sys.stdout.write("\n")  # the progress bar leaves its line open
                 show_summary(summary)
 
     # --- the run

@@ -344,12 +344,12 @@ def _render(figure: Figure) -> Image:
 
 def _make_run_row(advice: RunAdvice) -> list[Any]:
     figures = [advice.kept, advice.frozen_frac]
-    return [_WHOLE_RUN, advice.recipe, str(advice.verdict), *figures, write_sentence(advice)]
+    return [_WHOLE_RUN, advice.recipe, advice.verdict.short, *figures, write_sentence(advice)]
 
 
 def _make_row(advice: Advice) -> list[Any]:
     figures = [advice.kept, advice.figures.get("frozen_frac", math.nan)]
-    return [advice.layer, advice.recipe, str(advice.verdict), *figures, advice.reason]
+    return [advice.layer, advice.recipe, advice.verdict.short, *figures, advice.reason]
 
 
 def _summarize(runs: Mapping[str, RunAdvice]) -> dict[str, str | float]:

@@ -132,7 +132,7 @@ def _write_outcome(advice: RunAdvice) -> str:
     if advice.outcome is None:
         return "none tested"
     runs, lost = advice.outcome
-    return f"{lost} of {runs}" if runs else "none had it"
+    return f"{lost} of {runs}" if runs else "no such run"
 
 
 def write_evidence(rows: Sequence[RunRow]) -> str:
@@ -236,15 +236,12 @@ def _describe_unmoved(advice: RunAdvice) -> str:
 # --- how the run is stored
 
 
-def write_storage(
-    run: RunDescription, runs: Mapping[str, RunAdvice], visible: Mapping[str, float] | None = None
-) -> str:
+def write_storage(run: RunDescription, runs: Mapping[str, RunAdvice]) -> str:
     """Write how a run is stored, and whether anything is lost now; empty without layers.
 
     Args:
         run: The run, or the header of its file.
         runs: Verdicts on the run, by recipe.
-        visible: The model's visible_frac, by name of the format, for a run in float32.
 
     Returns:
         A sentence or two.
@@ -260,19 +257,8 @@ def write_storage(
                 f"moved_since_start_frac/{NOW}, or pass recipes=['bf16-sr'] to the monitor."
             )
         rounded = "" if any(map(_is_low_dtype, dtypes)) else _describe_rounding(run.now)
-        return f"{stored}{rounded}. “now” is what the run keeps, the rest what it would keep:"
-    return (
-        f"{stored}, also under autocast or FSDP: nothing is lost now{_name_visible(visible or {})}."
-        " What-ifs:"
-    )
-
-
-def _name_visible(shares: Mapping[str, float]) -> str:
-    """Return a phrase on what a forward pass sees of an update, if bf16 is judged; or empty."""
-    share = shares.get("bf16", math.nan)
-    if math.isnan(share):
-        return ""
-    return f" (a forward pass in bf16 sees {format_figure(share)} of each update: visible_frac)"
+        return f"{stored}{rounded}. “now” is what the run keeps, the rest what it would keep."
+    return f"{stored}: nothing is lost now, also under autocast or FSDP."
 
 
 def _describe_rounding(now: RecipeInfo | None) -> str:
@@ -333,7 +319,7 @@ def _write_action(advice: RunAdvice) -> str:
     do = "would freeze"
     if advice.recipe == NOW:
         do = "stands still" if len(advice.frozen) == 1 else "stand still"
-    return f"{few(fold_names(advice.frozen))} {do}. {advice.to_do}"
+    return f"{few(fold_names(advice.frozen, advice.others))} {do}. {advice.to_do}"
 
 
 def describe_frozen_now(assessment: Assessment) -> str:

@@ -6,7 +6,7 @@ A verdict says whether a layer would make its progress if it were stored as a *r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from altgrad.report.colours import STYLES
@@ -40,8 +40,8 @@ MEANINGS = {
     Verdict.OVERSHOOTS: f"moves more than {_LIMITS.overshoots:g} times as far as float32",
     Verdict.BREAKS: "becomes NaN or inf",
     Verdict.RANGE: "weights fall out of the format's range, and a scale would help",
-    Verdict.UNCERTAIN: "the sample cannot tell: observe more steps, or raise twin_elements or "
-    "max_elements",
+    Verdict.UNCERTAIN: "the sample cannot tell: observe more steps, or raise twin_elements "
+    "(max_elements without a twin)",
     Verdict.NOT_JUDGED: "nothing moved that the recipe could lose, weights are stored no finer, or "
     "no twin can follow the optimizer",
 }
@@ -79,6 +79,7 @@ _SHORT_MARKS = {
     "?": "unsure",
     "~": "noisy",
     "!": "some NaN",
+    "^": "too far",
 }
 """Meanings of the marks behind the share in a narrow cell."""
 UNMOVED = "unmoved"
@@ -177,11 +178,13 @@ def write_short_cell(advice: Advice | None) -> str:
     return kept + _find_short_marks(advice)
 
 
-def write_short_legend(advice: Iterable[Advice]) -> str:
+def write_short_legend(advice: Sequence[Advice]) -> str:
     """Return the meaning of the cells of `write_short_cell` in a line."""
     seen = set("".join(map(_find_short_marks, advice)))
     marks = [f"{mark} {text}" for mark, text in _SHORT_MARKS.items() if mark in seen]
-    return "Share of the progress kept" + (f" ({', '.join(marks)})" if marks else "")
+    is_sample = any(each.has_twin for each in advice)
+    kept = f"Share kept{' by a sample' if is_sample else ''}"
+    return kept + (f" ({', '.join(marks)})" if marks else "")
 
 
 def _find_short_marks(advice: Advice) -> str:
@@ -191,6 +194,7 @@ def _find_short_marks(advice: Advice) -> str:
         "?": advice.verdict is Verdict.UNCERTAIN,
         "~": mark == _NOISY,
         "!": mark == _NONFINITE,
+        "^": advice.verdict is Verdict.OVERSHOOTS,
     }
     return "".join(mark for mark in _SHORT_MARKS if applies[mark])
 

@@ -53,7 +53,7 @@ _ROW = 0.17  # height of a row in inches
 _HIGH_IS_GOOD = frozenset({"kept_update_ratio", "visible_frac", "on_grid_frac"})
 _MEANINGS = {
     "kept_update_ratio": "share of the update that is kept",
-    "stall_frac": "share of the updates that vanish",
+    "stall_frac": "share of the updates that stall",
     "never_moved_frac": "share of the weights that never moved",
 }
 _PALE, _GREY = "#cfe3f3", "#999999"

@@ -63,7 +63,7 @@ def as_json(report: RunReport) -> dict[str, Any]:
         "own_share": number_as_json(report.own_share),
         "visible_frac": _convert_numbers(report.visible),
         "answer": report.answer,
-        "stored": write_storage(report.run, report.assessment.runs, report.visible),
+        "stored": write_storage(report.run, report.assessment.runs),
         "runs": runs_as_json(report.assessment.runs),
         "summary": report.assessment.summary,
         "counts": count_verdicts(report.assessment),
@@ -125,7 +125,7 @@ def as_csv(report: RunReport) -> str:
             report.unmoved.get(advice.layer, math.nan),
             report.nonfinite.get(advice.layer, 0.0),
         ]
-        where = [_disarm(advice.layer), _disarm(advice.recipe), str(advice.verdict)]
+        where = [_disarm(advice.layer), _disarm(advice.recipe), advice.verdict.short]
         why = [_disarm(advice.reason), _disarm(advice.evidence)]
         rows.append([*where, *figures, *map(number_as_json, shares), *ends, *why])
     return "".join(map(_format_line, rows))
@@ -213,7 +213,7 @@ def comparison_as_csv(comparison: Comparison) -> str:
     sides = [f"{what}_{side}" for side in "ab" for what in ("verdict", "kept")]
     rows: list[list[Any]] = [["layer", "recipe", *sides, "differs"]]
     for first, second in comparison.changes:
-        cells = [[str(each.verdict), number_as_json(each.kept)] for each in (first, second)]
+        cells = [[each.verdict.short, number_as_json(each.kept)] for each in (first, second)]
         differs = first.verdict is not second.verdict
         rows.append([_disarm(first.layer), _disarm(first.recipe), *cells[0], *cells[1], differs])
     return "".join(map(_format_line, rows))

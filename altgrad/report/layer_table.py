@@ -9,7 +9,7 @@ Read `cells` and `printing` first; `first_screen` and `terminal` print with this
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from altgrad._messages import format_count
@@ -63,7 +63,7 @@ def print_layers(
     columns = _list_columns(report, shown)
     groups = _group_columns(columns, shown, console.width)
     for group in groups[:most_tables]:
-        console.print(_make_table(columns, group, shown, console.width))
+        console.print(_make_table(columns, group, shown, report.by_layer, console.width))
     if rest := sum(map(len, groups[len(groups[:most_tables]) :])):
         print_text(console, f"{format_count(rest, 'more column')}: --all")
 
@@ -129,13 +129,14 @@ def _make_table(
     columns: Mapping[_Heading, _Column],
     headings: Sequence[_Heading],
     layers: Sequence[str],
+    among: Iterable[str],
     width: int,
 ) -> Table:
     table = make_table(["layer"])
     for heading in headings:
         add_tall_column(table, heading)
     free = _measure_free_width(columns, headings, width)
-    names = shorten_names(layers, max(free, LEAST_WIDTH))
+    names = shorten_names(layers, max(free, LEAST_WIDTH), among)
     for row, name in enumerate(names):
         table.add_row(
             style_text(name), *(style_text(*columns[heading][row]) for heading in headings)

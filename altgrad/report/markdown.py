@@ -71,8 +71,9 @@ def write_comment(report: RunReport) -> str:
         report: The report of a run.
     """
     assessment = report.assessment
-    stored = write_storage(report.run, assessment.runs, report.visible)
-    lines = [BEGINNING, *_write_run(assessment, report.answer, stored)]
+    stored = write_storage(report.run, assessment.runs)
+    lines = [BEGINNING, "Would this training still learn if it were stored in fewer bits?", ""]
+    lines += [*_write_run(assessment, report.answer, stored)]
     lines += [*_write_next_recipe(report.run, assessment), ""]
     if assessment.advice:
         count = format_count(len(assessment.by_layer), "layer")

@@ -9,7 +9,9 @@ from altgrad._messages import format_count
 _WIDTH = 44  # characters; leaves most of a picture 8 inches wide to its data
 
 
-def shorten_names(names: Sequence[str], width: int = _WIDTH) -> list[str]:
+def shorten_names(
+    names: Sequence[str], width: int = _WIDTH, among: Iterable[str] | None = None
+) -> list[str]:
     """Shorten names to a width, with ``…`` for the middle of a longer name.
 
     All names are cut at the same place, where most names remain distinct. Some layers differ at the
@@ -18,33 +20,45 @@ def shorten_names(names: Sequence[str], width: int = _WIDTH) -> list[str]:
     Args:
         names: Names of layers or formats.
         width: Maximum number of characters, 8 or more.
+        among: All names, of which `names` are some, and from which these are to be distinct. None
+            if `names` are all.
 
     Returns:
         The short names, in the same order.
     """
-    whole = [replace_unprintable(name) for name in names]
+    every = [*map(replace_unprintable, names if among is None else among)]
     cuts = (width // 3, *range(width // 2, width - 6, 3), width // 6)
-    each = ([_cut(name, head, width) for name in whole] for head in cuts)
-    return max(each, key=lambda shortened: len(set(shortened)))
+    best = max(cuts, key=lambda head: len({_cut(name, head, width) for name in every}))
+    return [_cut(replace_unprintable(name), best, width) for name in names]
 
 
-def fold_names(names: Iterable[str]) -> list[str]:
+def fold_names(names: Iterable[str], others: Iterable[str] = ()) -> list[str]:
     """Fold names that differ in numbers alone: ``blocks.*.norm.weight (12 layers)``.
 
     Args:
         names: Names of layers, whose parts are separated by dots.
+        others: Names of other layers. Names are not folded into a pattern that one of these has,
+            too, as ``*.weight`` would be a pattern of all layers of an ``nn.Sequential``.
 
     Returns:
         Patterns and names, in the order in which the names begin.
     """
     groups: dict[str, list[str]] = {}
     for name in names:
-        parts = ("*" if part.isdecimal() else part for part in name.split("."))
-        groups.setdefault(".".join(parts), []).append(name)
-    return [
-        own[0] if len(own) == 1 else f"{pattern} ({format_count(len(own), 'layer')})"
-        for pattern, own in groups.items()
-    ]
+        groups.setdefault(_find_pattern(name), []).append(name)
+    unclear = {*map(_find_pattern, others)}
+    folded: list[str] = []
+    for pattern, own in groups.items():
+        if len(own) == 1 or pattern in unclear:
+            folded += own
+        else:
+            folded.append(f"{pattern} ({format_count(len(own), 'layer')})")
+    return folded
+
+
+def _find_pattern(name: str) -> str:
+    """Return a name with ``*`` in place of each part that is a number."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
 def replace_unprintable(text: str) -> str:

@@ -67,7 +67,7 @@ def write_next(run: RunDescription, runs: Mapping[str, RunAdvice]) -> str:
         runs: Verdicts on the run, by recipe.
 
     Returns:
-        A phrase such as ``bf16-true: fine, keeps 0.98, saves 50 % of the memory``.
+        A phrase such as ``bf16-true: fine, keeps 0.98, saves 50 %``.
     """
     line = next(iter(_Proposer(run, runs).list_lines()), None)
     if line is None:
@@ -75,9 +75,11 @@ def write_next(run: RunDescription, runs: Mapping[str, RunAdvice]) -> str:
     rows = {each.recipe: each for each in list_rows(runs)}
     if (row := rows.get(line.recipe)) is None:  # master weights in float32
         return line.why
-    is_known = not math.isnan(runs[row.recipe].saved_share)
-    saved = f", saves {row.saved} of the memory" if is_known else ""
-    return f"{row.recipe}: {row.word}, keeps {row.share}{saved}"
+    advice = runs[row.recipe]
+    saved = "" if math.isnan(advice.saved_share) else f", saves {row.saved}"
+    count = format_count(len(advice.frozen), "layer")
+    beside = f" with {count} in float32" if advice.frozen else ""
+    return f"{row.recipe}{beside}: {row.word}, keeps {row.share}{saved}"
 
 
 def list_next_lines(report: RunReport) -> list[NextLine]:

@@ -47,7 +47,7 @@ def write_plan_code(run: Run, plan: Plan) -> str:
     for number, (way, recipes) in enumerate(storages.items()):
         lines += _write_storage(run, plan, way, recipes, seed=number)
     if converted:
-        lines.append("# Run each forward pass under torch.autocast(device, torch.bfloat16).")
+        lines.append("# Run each forward pass under torch.autocast(device_type, torch.bfloat16).")
     return "\n".join(lines)
 
 

@@ -35,9 +35,9 @@ _NOT_TESTED = (
     "Not tested: each recipe was tried on samples of all layers, with the gradients of this run. "
     "That layers do not depend on each other is an assumption."
 )
-_COUNTED = (
-    "Layers that were not observed are not counted. WeightStorage simulates formats and rounding: "
-    "its tensors still take the memory of float32."
+_COUNTED = "Layers that were not observed are not counted."
+_SIMULATED = (
+    "WeightStorage simulates formats and rounding: its tensors still take the memory of float32."
 )
 _UNWEIGHTED = (
     "How far float32 moves each layer is unknown, so that layers count by their number of weights."
@@ -151,7 +151,11 @@ def list_notes(plan: Plan) -> list[str]:
     left_out = [
         f"Cannot be chosen by layer: {', '.join(names)} ({why})." for why, names in reasons.items()
     ]
-    return [_NOT_TESTED, _COUNTED, *([] if plan.by_movement else [_UNWEIGHTED]), *left_out]
+    simulated = (
+        [_SIMULATED] if any(each.weights or each.states for each in plan.recipes.values()) else []
+    )
+    unweighted = [] if plan.by_movement else [_UNWEIGHTED]
+    return [_NOT_TESTED, _COUNTED, *simulated, *unweighted, *left_out]
 
 
 def _write_sizes(layers: Sequence[Planned]) -> list[str]:

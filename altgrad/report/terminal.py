@@ -8,6 +8,7 @@ Read `printing`, `terminal_runs`, `layer_table` and `terminal_next` first.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from altgrad.report.cells import KEPT_MEANING
@@ -43,7 +44,11 @@ def print_first_screen(report: RunReport, console: Console, most_layers: int | N
     print_layers(report, console, most_layers, most_tables=1)
     print_next_recipe(report, console)
     _print_notes(report, console)
-    print_line(f"All layers, and code: altgrad report {report.run.path} --all", console)
+    print_line(_write_command(report), console)
+
+
+def _write_command(report: RunReport) -> str:
+    return f"All layers, and code: altgrad report {report.run.path} --all"
 
 
 def _count_other_lines(report: RunReport, console: Console) -> int:
@@ -52,7 +57,8 @@ def _count_other_lines(report: RunReport, console: Console) -> int:
         print_runs(report, console, _MOST_ACTIONS)
         print_layers(report, console, 1, most_tables=1)
         print_next_recipe(report, console)
-    return capture.get().count("\n")  # its one layer stands for the last line, which is a command
+    command = math.ceil(len(_write_command(report)) / console.width)  # the terminal wraps it
+    return capture.get().count("\n") - 1 + command  # without the one layer
 
 
 def print_report(report: RunReport, console: Console, most_layers: int | None = None) -> None:

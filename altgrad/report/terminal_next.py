@@ -39,7 +39,8 @@ def print_next(report: RunReport, console: Console, most: int | None = MOST_LINE
         if line.recipe != recipe:
             if recipe is not None:
                 console.print()
-            print_text(console, _write_heading(line), "bold")
+            heading = _write_heading(line) if recipe is None else f"Or: {line.why}"
+            print_text(console, heading, "bold")
             recipe = line.recipe
         if shown:
             print_text(console, f"# {line.title}", "dim")

@@ -49,7 +49,7 @@ _CAPTIONS = {
 }
 _MOST_REASONS = 200
 """Layers whose reasons are on the page: those to look at. All would make it slow to open."""
-_STALLS = "Share of the updates that vanish, by layer and step. Dark rows never move."
+_STALLS = "Share of the updates that stall, by layer and step. Black rows never move."
 
 
 def page(report: RunReport) -> str:
@@ -114,7 +114,7 @@ def _fill_first_screen(assessment: Assessment, report: RunReport | None) -> dict
         "report": report,
         "assessment": assessment,
         "answer": report.answer if report else write_answer(runs),
-        "stored": write_storage(report.run, runs, report.visible) if report else "",
+        "stored": write_storage(report.run, runs) if report else "",
         "rows": rows,
         "has_intervals": has_intervals(rows),
         "step_by_step": STEP_BY_STEP,

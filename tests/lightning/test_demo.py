@@ -38,7 +38,7 @@ def test_the_event_files_have_the_headline_and_the_diagnostics(demo_folder: Path
 
 
 def test_the_demo_writes_a_picture_and_a_report(demo_folder: Path) -> None:
-    (picture,) = demo_folder.glob("version_0/formats.png")
+    (picture,) = demo_folder.glob("version_0/recipes.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
     (page,) = demo_folder.glob("version_0/report.html")
     text = page.read_text()

@@ -152,7 +152,7 @@ def test_a_heading_names_at_most_eight_recipes_of_a_kind() -> None:
 # --- how the run is stored
 
 
-MASTERS = ", also under autocast or FSDP: nothing is lost now."
+MASTERS = ": nothing is lost now, also under autocast or FSDP."
 
 
 def make_stored(*dtypes: str, now: RecipeInfo | None = None) -> Run:
@@ -167,7 +167,7 @@ def make_stored(*dtypes: str, now: RecipeInfo | None = None) -> Run:
         (
             ["float32"] * 2,
             [WATCH],
-            f"Weights are float32{MASTERS} What-ifs:",
+            f"Weights are float32{MASTERS}",
             False,
         ),
         (

@@ -62,9 +62,9 @@ def test_a_short_cell_has_a_word_only_for_what_stands_still_or_is_nan() -> None:
     }
     assert [write_short_cell(each) for each in cells.values()] == [*cells]
     assert write_short_cell(None) == ""
-    assert write_short_legend([kept]) == "Share of the progress kept"
-    assert write_short_legend(cells.values()) == (
-        "Share of the progress kept (* of single updates, ? unsure, ~ noisy, ! some NaN)"
+    assert write_short_legend([single]) == "Share kept (* of single updates)"
+    assert write_short_legend([*cells.values()]) == (
+        "Share kept by a sample (* of single updates, ? unsure, ~ noisy, ! some NaN)"
     )
 
 

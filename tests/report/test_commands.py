@@ -62,7 +62,7 @@ def test_files_are_written_in_addition_to_the_terminal_and_each_is_named(
     html, csv = (tmp_path / f"a.name.of.some.length.{kind}" for kind in ("html", "csv"))
     shown = altgrad("report", run, "--html", html, "--csv", csv, columns=40)
     assert shown.returncode == 0, shown.stderr
-    assert "Share of the progress kept" in shown.stdout
+    assert "Share kept" in shown.stdout
     assert shown.stdout.splitlines()[-2:] == [f"Written: {html}", f"Written: {csv}"]
     assert html.read_text() == page(RunReport.from_run(read(run)))
     assert csv.read_text() == altgrad("report", run, "--csv", "-").stdout
@@ -74,8 +74,8 @@ def test_layers_limits_the_rows_of_a_table(run: Path, tmp_path: Path) -> None:
     def shown(*arguments: object) -> str:
         return " ".join(altgrad(*arguments).stdout.split())
 
-    assert "Share of the progress kept, least of 4 layers:" in shown("report", run, "--layers", 1)
-    assert "Share of the progress kept:" in shown("report", run, "--layers", 0)
+    assert "Share kept by a sample, least of 4 layers:" in shown("report", run, "--layers", 1)
+    assert "Share kept by a sample:" in shown("report", run, "--layers", 0)
     assert "the 3 of 4 that differ most" in shown("compare", run, other, "--layers", 3)
     assert "Verdict and share kept, by layer and recipe: all" in shown(
         "compare", run, other, "--layers", 0

@@ -84,4 +84,4 @@ def test_the_csv_of_a_comparison_has_a_line_for_each_layer_and_recipe() -> None:
     assert [row["differs"] for row in rows] == ["True", "False", "False", "False"]
     assert rows[0]["layer"] == "gain"
     assert (rows[0]["verdict_a"], rows[0]["kept_a"]) == ("frozen", "0.0")
-    assert (rows[0]["verdict_b"], rows[0]["kept_b"]) == ("stores fine", "1.0")
+    assert (rows[0]["verdict_b"], rows[0]["kept_b"]) == ("fine", "1.0")

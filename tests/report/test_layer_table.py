@@ -43,7 +43,7 @@ def test_a_table_that_shows_a_part_of_the_layers_shows_those_that_stand_still() 
     run = replace(make_run(rows, []), recipes={"bf16": make_recipe()})
     found = RunReport.from_run(run)
     lines = print_to_text(lambda console: print_layers(found, console, 2), 80).splitlines()
-    assert "Share of the progress kept, least of 8 layers:" in lines
+    assert "Share kept by a sample, least of 8 layers:" in lines
     names = [line.split()[0] for line in lines if re.search(r"^(back|frozen)\d  *\w", line)]
     assert names == ["frozen0", "frozen1"]
 

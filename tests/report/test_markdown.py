@@ -152,7 +152,9 @@ def test_the_command_writes_a_comment_to_the_terminal_or_a_file(run: Path, tmp_p
     shown = altgrad("report", run, "--markdown")
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.startswith(
-        "<!-- altgrad report -->\n**Not fine: bf16, e5m2. 3 steps seen: early.**\n"
+        "<!-- altgrad report -->\n"
+        "Would this training still learn if it were stored in fewer bits?\n\n"
+        "**Not fine: bf16, e5m2. 3 steps observed: early.**\n"
     )
     path = tmp_path / "comment.md"
     for _ in range(2):  # a comment is a report, and is replaced

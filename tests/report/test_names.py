@@ -58,4 +58,6 @@ def test_names_that_differ_in_numbers_alone_are_folded() -> None:
         "blocks.0.mlp.2.bias",
     ]
     assert fold_names([]) == []
+    assert fold_names(["0.weight", "2.weight"], ["1.weight"]) == ["0.weight", "2.weight"]
+    assert fold_names(["0.weight", "2.weight"], ["1.bias"]) == ["*.weight (2 layers)"]
     assert fold_names(["l10", "l11"]) == ["l10", "l11"]  # numbers within a word are kept

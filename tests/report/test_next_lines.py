@@ -56,14 +56,15 @@ def write_first(report: RunReport) -> str:
 
 def test_the_next_recipe_is_a_phrase_for_the_first_screen() -> None:
     saving = make_advice("bf16-true", saved_share=0.5)
-    assert write_first(make_report(saving)) == (
-        "bf16-true: fine, keeps 1.00, saves 50 % of the memory"
-    )
+    assert write_first(make_report(saving)) == ("bf16-true: fine, keeps 1.00, saves 50 %")
     unknown = make_report(make_advice("bf16-sr"))
     assert write_first(unknown) == "bf16-sr: fine, keeps 1.00"
-    assert write_first(make_report(make_advice("e4m3fn", REMEDY))).startswith(
-        "fp32: master weights"
+    beside = make_advice("bf16-true", frozen=NORMS, frozen_share=0.01, saved_share=0.5)
+    assert write_first(make_report(beside)) == (
+        "bf16-true with 3 layers in float32: fine, keeps 1.00, saves 50 %"
     )
+    lost = make_report(make_advice("e4m3fn", REMEDY))
+    assert write_first(lost).startswith("fp32: master weights")
     assert write_first(RunReport(make_run([]), Assessment({}, [], {}, ""))) == ""
 
 

@@ -109,7 +109,7 @@ def test_a_report_of_many_layers_fits_one_screen_and_shows_all_on_demand(tmp_pat
     path = write_run(tmp_path, ["the.frozen.one"], fine, steps=1)
     lines = altgrad("report", path).stdout.splitlines()
     assert len(lines) <= 24
-    assert "Share of the progress kept, least of 2,001 layers:" in lines
+    assert "Share kept by a sample, least of 2,001 layers:" in lines
     (row,) = (line for line in lines if line.startswith("the.frozen.one"))
     assert row.split()[1:] == ["frozen", "frozen"]
     assert lines[-1] == f"All layers, and code: altgrad report {path} --all"

@@ -55,7 +55,7 @@ def test_all_lines_are_printed_on_demand() -> None:
     lines = text.splitlines()
     for each in list_next_lines(report):
         assert all(not code or code in lines for code in each.code.splitlines())
-    assert text.count("Next: ") == 3
+    assert (text.count("Next: "), text.count("Or: ")) == (1, 2)
 
 
 def test_a_run_without_verdicts_prints_nothing() -> None:

@@ -108,7 +108,8 @@ def judge_recipe(
         verdict = Verdict.UNCERTAIN if may_be_fine else verdict
     # Real runs were judged by the progress that they kept.
     outcome = None if math.isnan(kept) else calibration().count_runs(family, verdict.name)
-    return advice._replace(verdict=verdict, outcome=outcome)
+    names = [layer.advice.layer for layer in layers if layer.advice.verdict not in _STANDING]
+    return advice._replace(verdict=verdict, outcome=outcome, others=names)
 
 
 def is_fine_beside(

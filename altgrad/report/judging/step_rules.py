@@ -120,7 +120,7 @@ def _judge_by_kept(kept: float, interval: Interval, stall: float) -> tuple[Verdi
         )
     low, high = map(classify_steps, interval)
     stalled = format_percent(stall)
-    share = f"{write_figure(kept, interval)} of the update is kept and {stalled} of updates vanish"
+    share = f"{write_figure(kept, interval)} of the update is kept and {stalled} of updates stall"
     if low is not high:
         return Verdict.UNCERTAIN, f"{share}, which could be “{low.short}” or “{high.short}”"
     return low, f"{share} on average"

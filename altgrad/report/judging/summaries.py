@@ -66,8 +66,8 @@ def _mark_early(advice: RunAdvice) -> str:
 
 
 def write_early(advice: RunAdvice) -> str:
-    """Write that a verdict rests on few observed steps: “3 steps seen: early”."""
-    return f"{format_count(advice.steps, 'step')} seen: early"
+    """Write that a verdict rests on few observed steps: “3 steps observed: early”."""
+    return f"{format_count(advice.steps, 'step')} observed: early"
 
 
 def write_word(advice: RunAdvice) -> str:

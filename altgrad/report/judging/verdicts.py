@@ -156,6 +156,7 @@ class RunAdvice(NamedTuple):
         steps: Number of observed steps; 0 if unknown.
         saved_share: Share that the recipe saves of the memory of weights and optimizer states in
             float32; below 0 if it takes more, NaN if unknown.
+        others: Names of the judged layers that are not in `frozen`.
     """
 
     recipe: str
@@ -173,6 +174,7 @@ class RunAdvice(NamedTuple):
     has_twin: bool
     steps: int = 0
     saved_share: float = math.nan
+    others: Sequence[str] = ()
 
     @property
     def is_early(self) -> bool:

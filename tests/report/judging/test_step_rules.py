@@ -155,7 +155,7 @@ def test_a_reason_has_the_figures_it_rests_on() -> None:
     )
     kept = (FINE + REMEDY) / 2
     assert judge(kept_update_ratio=kept, stall_frac=0.004)[1] == (
-        f"{kept:.2f} of the update is kept and <1 % of updates vanish on average"
+        f"{kept:.2f} of the update is kept and <1 % of updates stall on average"
     )
 
 
@@ -172,7 +172,7 @@ def test_a_share_in_a_reason_is_not_rounded_to_the_threshold_above_it(
 @pytest.mark.parametrize(
     ("figures", "reason"),
     [
-        ({"stall_frac": NAN}, "an unknown share of updates vanish"),
+        ({"stall_frac": NAN}, "an unknown share of updates stall"),
         (
             {"underflow_frac": NAN, "saturated_frac": 0.9},
             "an unknown share of the weights are stored as 0 and 90 % lie beyond the top",
