@@ -49,9 +49,9 @@ def as_recipe(storage: RecipeInfo) -> RecipeInfo:
 
 
 def is_stochastic(recipe: RecipeInfo | None) -> bool:
-    """Return True if a recipe rounds stochastically, by itself or in its optimizer.
+    """Return True if a recipe rounds weights stochastically, by itself or in its optimizer.
 
-    Also a recipe without a family may do so, such as one that stores states in few bits as well.
+    This holds for any recipe, also for one that belongs to no family of tested recipes.
 
     Args:
         recipe: The recipe's description in the run file; None if it has none.

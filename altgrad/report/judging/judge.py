@@ -203,9 +203,10 @@ class Judge:
         return Advice(layer, name, verdict, figures, errors, reason, *about)
 
     def _count_drawn(self, layer: str) -> int:
-        """Return how many elements a twin has of a layer, at the default of `twin_elements`.
+        """Return how many elements of a layer its twin, the sample stored by a recipe, has.
 
-        A run file does not say what the setting was. With a larger one, chance is overestimated.
+        A run file does not say which `twin_elements` was set, so its default is assumed. If it was
+        larger, the error by the chance of stochastic rounding is overestimated.
         """
         info = self._layers.get(layer)
         size = math.prod(info.shape) if info is not None else MOST_TWIN_ELEMENTS

@@ -27,7 +27,7 @@ from altgrad.report.records.schema import RecipeInfo
 _FEW_WEIGHTS = 0.05
 """Largest share of the weights that can stay in float32 at a small price."""
 _FAR_STATE = 1.5
-"""Least ratio of a second moment to that in float32 that is named as the cost of a remedy."""
+"""Ratio of exp_avg_sq to its value in float32 from which a sentence on a remedy mentions it."""
 _ENDS = {"sr": "stochastic", "kahan": "kahan"}
 """Families of remedies, by the end of the names of their recipes."""
 

@@ -114,12 +114,12 @@ def judge_recipe(
 def is_fine_beside(
     advice: RunAdvice, layers: Sequence[LayerShare], untouched: Sequence[LayerShare]
 ) -> bool:
-    """Return True if a run would be fine with some of its layers in float32.
+    """Return True if a recipe would be fine for a run that leaves some layers in float32.
 
     Args:
-        advice: The verdict on the run as it is.
+        advice: The verdict on the run with all layers stored as the recipe says.
         layers: The layers that the recipe was judged for.
-        untouched: Those of `layers` that would be in float32, and keep all of their progress.
+        untouched: Those of `layers` that would stay in float32, where they lose nothing.
     """
     names = {each.advice.layer for each in untouched}
     rest = [_store_in_float32(x) if x.advice.layer in names else x for x in layers]
@@ -127,7 +127,7 @@ def is_fine_beside(
 
 
 def _store_in_float32(layer: LayerShare) -> LayerShare:
-    """Return what a layer contributes to the run if it is in float32: it loses nothing."""
+    """Return a copy of a layer's verdict and figures as they would be in float32: all is kept."""
     own = layer.advice
     metric = PROGRESS if own.has_twin else STEP_KEPT
     fine = own._replace(
@@ -139,14 +139,14 @@ def _store_in_float32(layer: LayerShare) -> LayerShare:
 
 
 def find_share(own: Sequence[LayerShare], layers: Sequence[LayerShare]) -> float:
-    """Return the share of the weights that some layers have.
+    """Return the number of weights in some layers, divided by that in all layers.
 
     Args:
-        own: These layers.
+        own: Some layers.
         layers: All layers.
 
     Returns:
-        The share, 0 to 1; NaN without weights.
+        The share, 0 to 1; NaN if there are no weights.
     """
     size = math.fsum(layer.size for layer in layers)
     return math.fsum(layer.size for layer in own) / size if size else math.nan
