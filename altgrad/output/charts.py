@@ -432,7 +432,7 @@ def _select_charted(figures: Mapping[str, float]) -> dict[str, float]:
 
 
 def _rank_layer(figures: Figures) -> tuple[float, float, float]:
-    """Return the least that is kept of a layer: by the run now, by twins, and in formats.
+    """Return a key that sorts layers: the least share kept by the run, by twins, and by formats.
 
     A twin is a sample of the layer that is stored as a recipe says. Layers are compared by the
     first of the three, and by the next if they are equal, so that what a layer keeps now is not
@@ -450,5 +450,5 @@ def _find_least(figures: Figures, keys: Sequence[str]) -> float:
 
 
 def _is_known(figures: Figures) -> bool:
-    """Return True if it is known what is kept of a layer."""
+    """Return True if any figure says which share of a layer's updates or progress is kept."""
     return any(value < math.inf for value in _rank_layer(figures))

@@ -295,7 +295,7 @@ class Output:
             self._draw(step, weights, assessment)
 
     def _warn_about_frozen(self, assessment: Assessment) -> None:
-        """Warn about layers that stand still, at the first look that shows any."""
+        """Warn about layers that stand still, once, when verdicts first show any."""
         if not self._has_warned and (notice := describe_frozen_now(assessment)):
             self._has_warned = True
             self._warn(f"sees {notice}")

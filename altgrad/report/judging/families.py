@@ -40,9 +40,9 @@ _LIBRARIES = {
 
 
 def as_recipe(storage: RecipeInfo) -> RecipeInfo:
-    """Return how a run stores its weights, as a run file has it, in the form of a recipe.
+    """Return the description of how a run itself is stored, in the form of a tried recipe.
 
-    A recipe names a dtype or an optimizer only where it differs from the run's usual ones.
+    A tried recipe has None for a dtype of float32 or float64, and for the run's own optimizer.
     """
     dtype = None if storage.dtype in _FULL else storage.dtype
     return replace(storage, dtype=dtype, optimizer=None)

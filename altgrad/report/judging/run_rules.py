@@ -185,8 +185,9 @@ def _judge_by_standing(share: float) -> Verdict:
 def _join_kept(layers: Sequence[LayerShare]) -> tuple[float, float]:
     """Return the share of the progress that all layers together keep, and its standard error.
 
-    The error is that of what each layer keeps. What a sample leaves open of how far a layer moved
-    is not known here; it adds to the error where layers keep very different shares.
+    The share is a mean over layers, weighted by how far float32 moved them. The error includes the
+    errors of the layers' shares, and leaves out the unknown errors of the weights. It is therefore
+    too small if layers keep very different shares.
     """
     weighted = [(each.energy, each.advice) for each in layers]
     if all(math.isnan(energy) for energy, _ in weighted):  # in checkpoints of version 0.1.0
@@ -212,7 +213,7 @@ def _join_weight_errors(layers: Sequence[LayerShare]) -> float:
 
 
 def _find_error(advice: Advice) -> float:
-    """Return the standard error of the share kept; a sample too small to tell may be all wrong."""
+    """Return the standard error of the share kept; 1 if unknown, as for a sample too small."""
     error = advice.errors[PROGRESS if advice.has_twin else STEP_KEPT]
     return 1.0 if math.isnan(error) else error
 
@@ -237,10 +238,10 @@ def join_shares(layers: Sequence[LayerShare], metric: str) -> float:
 
 
 def find_kept_interval(kept: float, error: float, *, has_twin: bool) -> Interval:
-    """Return the interval of 80 % in which the share kept by the real run lies.
+    """Return the interval in which 8 of 10 real runs with such a prediction lay.
 
-    Twins get the gradients of a run in float32, and those of the real run differ: where its weights
-    stay behind, its gradients stay large and make up for a part.
+    A prediction is off since twins, samples of a run, get the gradients of that run. In a real run
+    whose weights stay behind, gradients stay large, and make up for a part of the loss.
 
     Args:
         kept: The share that the twins predict, or that single steps keep.

@@ -30,7 +30,7 @@ _FEWEST_STILL = 2
 """Fewest observed steps in which a layer stands still, for the verdict “stuck”."""
 _BY_CHANCE = "stochastic rounding moves a weight by chance: more steps, or more elements, will tell"
 _FAR_RATIO = 1.25
-"""Ratio of a state to float32 that a reason mentions; a larger or inverse one, too."""
+"""Ratio of an optimizer state to float32 from which a reason mentions it; 1 / 1.25 counts, too."""
 
 
 def judge_twin(tally: TwinTally, range_reason: str = "", *, drawn: int = 0) -> tuple[Verdict, str]:
@@ -141,7 +141,7 @@ def find_twin_intervals(tally: TwinTally, drawn: int = 0) -> dict[str, Interval]
 
     Args:
         tally: Summary of the figures.
-        drawn: As in `find_errors`.
+        drawn: Number of sampled elements that are rounded stochastically; 0 for another rounding.
 
     Returns:
         The lower and the upper end by metric.
@@ -158,7 +158,7 @@ def has_moved(tally: TwinTally) -> bool:
 
 
 def is_stuck(tally: TwinTally) -> bool:
-    """Return True if a layer moved at first, no longer does, and loses by that.
+    """Return True if a layer moved at first, then stopped, and has lost progress since.
 
     False if few elements of the sample carry the progress: that these stand still says little about
     the layer.
