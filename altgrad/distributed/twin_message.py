@@ -57,12 +57,12 @@ class TwinPlan(NamedTuple):
 
     @property
     def max_count(self) -> int:
-        """The number of maxima of a layer: the self-check."""
+        """The number of maxima of a layer: 1, the result of its self-check; 0 without recipes."""
         return 1 if self.recipes else 0
 
     @property
     def name_count(self) -> int:
-        """The number of maxima of a message that have the names of states."""
+        """The number of maxima of a message that encode the names of optimizer states."""
         return 2 * MOST_STATES * _NAME_LENGTH if self.recipes else 0
 
     @property
@@ -76,7 +76,10 @@ class TwinPlan(NamedTuple):
 
     @property
     def plain(self) -> int:
-        """The number of sums of `TwinColumns` with the most states: all but the medians."""
+        """The number of columns of `TwinColumns`, for three states, that can be added up.
+
+        Medians cannot: they are left out.
+        """
         return len(TwinColumns(("",) * MOST_STATES)) - MOST_STATES
 
 

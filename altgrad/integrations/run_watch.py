@@ -169,7 +169,8 @@ class RunWatch:
         strict: If True, errors are raised; otherwise each gives a warning.
         layer_charts: The number of layers with charts of their own, or patterns of their names;
             None for up to 8 layers, as many as leave at most 80 charts.
-        charts: ``"default"`` for charts of the headline and DIAG-01 to 04, ``"all"`` for all.
+        charts: ``"default"`` charts the headline (what is kept, and which layers are frozen) and
+            the diagnostics DIAG-01 to 04 of docs/metrics.md; ``"all"`` charts all metrics.
         **arguments: Further arguments of `UpdateMonitor`.
 
     Attributes:

@@ -1,6 +1,7 @@
 """`StepNumbers`: number the steps of a training that may have several optimizers.
 
-Each optimizer counts its own steps. A training counts the steps of all of them together::
+Each optimizer counts its own steps. The training gives out one number for all of them: optimizers
+share a number as long as each steps at most once, and a second step begins the next number::
 
     optimizers:  critic  critic  critic generator  critic
     numbers:     0       1       2      2          3
@@ -50,12 +51,12 @@ class StepNumbers:
         return self.last + is_new
 
     def begin(self, number: int) -> None:
-        """Begin the step with a number."""
+        """Begin the step that has this number; no optimizer has taken part in it yet."""
         self.last = number
         self.end()
 
     def join(self, optimizer: Optimizer | None, index: int) -> None:
-        """Note that an optimizer makes, or has made, a part of the last step.
+        """Record that an optimizer takes part in the last step that began.
 
         Args:
             optimizer: The optimizer; None for a step inside of a backward pass.
@@ -64,5 +65,5 @@ class StepNumbers:
         self._indices[optimizer] = index
 
     def end(self) -> None:
-        """End the last step, so that the coming one has the next number."""
+        """End the last step, so that the next step of any optimizer begins a new number."""
         self._indices.clear()

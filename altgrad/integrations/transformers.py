@@ -270,7 +270,14 @@ def _find_checkpoint(folder: str | os.PathLike[str] | None, state: TrainerState)
 
 
 def _has_log(file: Path, state: TrainerState) -> bool:
-    """Return True if the checkpoint of a file has the log of a Trainer, or has none."""
+    """Return True if the checkpoint with this file has the same log as a Trainer, or no log.
+
+    A checkpoint with another log belongs to another training.
+
+    Args:
+        file: A file in the folder of the checkpoint.
+        state: State of the Trainer, with its log.
+    """
     saved = file.with_name(TRAINER_STATE_NAME)
     if not saved.exists():
         return True

@@ -112,7 +112,7 @@ class Figures(Mapping[str, float]):
         return len(LAYER_METRICS) + len(self.formats) * len(FORMAT_METRICS) + len(self._twins)
 
     def __repr__(self) -> str:
-        """Return what the figures are of, in a line."""
+        """Return a line with the number of measured elements, the formats and the recipes."""
         measured = f"{self.elements:,} of {format_count(self.population, 'element')}"
         names = {"formats": self.formats, "recipes": self.recipes}
         parts = [f"{noun}: {', '.join(each)}" for noun, each in names.items() if each]

@@ -31,10 +31,11 @@ _CARRIED = {
     "window_progress_kept": "still_frac",
     "step_projection": "still_frac",
 }
-"""For three metrics Σ a / Σ b with squares b, the metric whose denominator counts the b ≠ 0.
+"""For three metrics Σ a / Σ b, another metric whose denominator counts the elements with b ≠ 0.
 
-Standard errors need this count of elements. For ``step_projection`` it may be too high: it includes
-elements that moved before the latest step alone.
+In these three, b is a square, so that Σ b is no count. Standard errors need the count, and read it
+from the other metric. For ``step_projection`` it may be too high, since it includes elements that
+moved only before the latest step.
 """
 
 

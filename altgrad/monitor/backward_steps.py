@@ -63,10 +63,11 @@ class BackwardSteps:
         return bool(self._expected) and observed.issuperset(self._expected)
 
     def expect(self, layers: Mapping[str, Tensor]) -> None:
-        """Set with which layers the current training step is complete.
+        """Set the layers that must step before the current training step is complete.
 
-        Hooks of nodes cannot be seen. As long as one of the layers may have such a hook, the end of
-        the training step is unknown, and the next one ends it.
+        These are layers with a visible hook that may step them in the backward pass. A hook on a
+        node of the autograd graph cannot be seen. If a layer may have such a hook, nothing is
+        expected, and the training step ends only when the next one begins.
 
         Args:
             layers: The layers that are due and need a gradient, by name.
@@ -121,7 +122,7 @@ class BackwardSteps:
             self._left.add(optimizer)
 
     def note_outside(self, record: StepRecord) -> None:
-        """Note the record of a step outside of a backward pass."""
+        """Remember that the layers of a record were stepped outside of a backward pass."""
         self._outside.update(record.layers)
 
     def add(self, record: StepRecord) -> None:
@@ -165,7 +166,8 @@ def is_accumulating(optimizer: Optimizer) -> bool:
 def find_due(optimizer: Optimizer) -> list[int]:
     """Return the `id` of each layer that an optimizer is about to step.
 
-    If none has a gradient, these layers are unknown, and the optimizer stands for them.
+    These are the layers with a gradient. If there is none, the result is the `id` of the optimizer
+    itself, in place of the unknown layers.
     """
     return [id(each) for each in _find_with_gradients(optimizer)] or [id(optimizer)]
 

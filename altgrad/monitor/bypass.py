@@ -1,10 +1,14 @@
 """`BypassDetector`: find layers whose weights change outside of the steps that are observed.
 
-There are four signs. Other optimizers of the process, which torch's global hooks show, step the
-layers. The attached optimizer no longer has the layers, as after sharding. Or a few weights of a
-layer have changed since an earlier look, and its optimizer has called its hooks for no step since.
-Or they have changed between observed steps that moved nothing. A look costs no more than an
-observed step. `monitor` looks in `attach` and `detach`, and on request.
+A detector copies a few weights of each layer, and compares them later. There are four signs:
+
+- Other optimizers of the process, which torch's global hooks show, step the layers.
+- The attached optimizer no longer has the layers, as after sharding.
+- The weights have changed, while their optimizer has called its hooks for no step.
+- The weights have changed between observed steps that moved nothing.
+
+A comparison costs no more than an observed step. `monitor` compares in `attach` and `detach`, and
+on request.
 
 Read `altgrad.observation.bypass_reason` first; `monitor` comes next.
 """
@@ -53,15 +57,15 @@ class Bypass(NamedTuple):
 
 @dataclass
 class _Look:
-    """A copy of a few weights of an optimizer's layers, with the number of steps until then.
+    """A copy of a few weights of an optimizer's layers, with the number of steps at that time.
 
     Attributes:
         kind: Name of the optimizer's class.
         names: Names of the optimizer's layers.
         sharded: Names of those layers that were sharded.
-        counts: Number of steps of each attached optimizer until then, by its hooks.
+        counts: Number of steps of each attached optimizer before the copy, by its hooks.
         sample: A few weights of each layer.
-        passes: Number of backward passes of the process until then.
+        passes: Number of backward passes of the process before the copy.
     """
 
     kind: str
@@ -199,7 +203,7 @@ class BypassDetector:
         return rest
 
     def _find_other_steps(self, attached: Sequence[StepHooks[Any]]) -> Iterator[Bypass]:
-        """Yield the layers that an optimizer has stepped which is not attached."""
+        """Yield the layers that optimizers have stepped which are not attached."""
         measured = self._find_measured()
         for kind, stepped in self._others.found.items():
             names = [name for name in measured if name in {*stepped}]
@@ -212,9 +216,9 @@ class BypassDetector:
     def _find_lost(
         self, attached: Sequence[StepHooks[Any]], parameters: Mapping[str, Tensor]
     ) -> Iterator[Bypass]:
-        """Yield the layers of an optimizer that no attached optimizer has any more.
+        """Yield layers that an attached optimizer had at first, and that none has any more.
 
-        FSDP1 may leave an optimizer its parameters, and makes them views of flat shards.
+        Layers also count as lost if FSDP1 has made their parameters views of flat shards.
         """
         optimizers = [each.optimizer for each in attached if each.optimizer is not None]
         stepped = self._find_stepped(optimizers)
@@ -239,9 +243,9 @@ class BypassDetector:
     ) -> list[Bypass]:
         """Return layers that have changed, although no step of their optimizer called its hooks.
 
-        A few weights of each layer are compared with copies of them. Of an optimizer that has
-        stepped since the copy, the weights are copied anew. Its layers are returned only if its
-        observed steps moved nothing, and other code did.
+        A few weights of each layer are compared with earlier copies of them. If the optimizer has
+        stepped since, its steps explain a change: its weights are only copied anew. Its layers are
+        returned nevertheless if its observed steps moved nothing, but other code moved them.
         """
         found: list[Bypass] = []
         for hooks in attached:
@@ -259,7 +263,7 @@ class BypassDetector:
     def _find_moved_between(self, optimizer: Optimizer, kind: str) -> list[Bypass]:
         """Return layers that move between the steps of an optimizer, while `step` does nothing.
 
-        They must have moved twice: once may be weights that were loaded.
+        A layer must have moved twice, since a single change may come from a loaded checkpoint.
         """
         idling = self._idling.get(optimizer)
         if idling is None or not idling.is_idle:
@@ -375,9 +379,9 @@ class BypassDetector:
 def _explain_changed(
     attached: Sequence[StepHooks[Any]], changed: Mapping[str, Tensor]
 ) -> list[Bypass]:
-    """Return changed layers that an optimizer has which is not attached.
+    """Return the changed layers that some unattached optimizer has, one `Bypass` per class.
 
-    Without such an optimizer, layers may have been clamped, or swapped with averaged weights.
+    Other changed layers are left out: code may have clamped them, or swapped in averaged weights.
     """
     by_kind = _group_by_optimizer(attached, changed) if changed else {}
     return [

@@ -26,10 +26,10 @@ from altgrad.monitor.optimizer_factors import (
 )
 
 _MOST_STEPS = 10_000_000
-"""Steps after which a factor must have halved what it multiplies. A slower one matters in no run.
+"""Number of steps within which a factor must halve a number, for a notice that it is lost.
 
-Factors that float32 loses, too, are slower still: those of which it loses anything need 11.6
-million steps, so that float32 is a remedy wherever there is a notice."""
+Slower factors matter in no run. Even float32 loses the slowest ones, which need 11.6 million steps
+and more. This limit is below, so that float32 is a remedy wherever there is a notice."""
 
 
 class KnownLosses:
@@ -175,14 +175,18 @@ def _describe_decays(lost: Sequence[Factor]) -> str:
 
 
 def _describe_fused(lost: Sequence[Factor]) -> str:
-    """Return what fused optimizers are good for; empty if no optimizer has the option."""
+    """Return a phrase on when ``fused=True`` helps; empty if no optimizer has this option."""
     if names := [factor.optimizer for factor in lost if factor.has_fused]:
         return f"; fused=True of {_join(names)} helps only where updates are large"
     return ""
 
 
 def _describe_figures(sampled: Sequence[Factor]) -> str:
-    """Return which figures to look at, for factors of layers with twins; empty without factors."""
+    """Return a sentence that names figures which show the loss; empty without factors.
+
+    Args:
+        sampled: Factors of layers with *twins*, samples that are stepped as recipes say.
+    """
     ways = [
         factor.format.name + way
         for factor in sampled

@@ -95,10 +95,10 @@ _STATE = ("formats", "ever_moved", "scales", "last_seen", "skipped", "budgets")
 """Entries of `UpdateMonitor.state_dict` that each version of AltGrad has written."""
 
 _UNKNOWN = (math.nan, math.nan)
-"""The time to observe a step and the mean time of a training step, in seconds, if unknown."""
+"""The value of two times if they are unknown: to observe a step, and the mean of training steps."""
 
 _NO_TWINS: Mapping[str, Any] = {"lanes": [], "resynchronised": {}, "sum_rounding": {}}
-"""The state of twins, samples that are stepped as recipes say, that begin anew."""
+"""The state from which twins begin anew; a twin is a sample that is stepped as a recipe says."""
 
 
 class UpdateMonitor:

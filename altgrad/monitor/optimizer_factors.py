@@ -5,8 +5,8 @@ tables of this file say for each optimizer of torch what is multiplied, by which
 
 Two kinds of weight decay are left out, since their loss depends on the gradients: decay that is
 added to the gradient, as in SGD and Adam; and that of fused optimizers and of a `WeightStorage`,
-which round a weight once, after decay and update. States that are averages are not left
-out there: while gradients are small, an average is multiplied by its beta and nothing is added.
+which round a weight once, after decay and update. States that are averages are included for all
+optimizers: while gradients are small, an average is multiplied by its beta and nothing is added.
 
 Read `rounded_factors` first; `known_losses` comes next.
 """
@@ -27,7 +27,10 @@ from altgrad.quantization.float_format import FloatFormat
 from altgrad.quantization.formats import BF16, FP16
 
 HALF_FORMATS: Mapping[torch.dtype, FloatFormat] = {torch.bfloat16: BF16, torch.float16: FP16}
-"""The formats of the dtypes whose losses are told. Those of float32 are too small to matter."""
+"""The dtypes for which notices of losses are given, and their formats.
+
+What float32 loses is too small to matter.
+"""
 
 _RATES = ("lr", "initial_lr", "max_lr")
 """The entries of a parameter group that are learning rates, also those of schedules."""

@@ -62,7 +62,7 @@ class StepPolicy:
         return self._is_wanted(index)
 
     def is_paid_for(self, optimizer: Optimizer, index: int) -> bool:
-        """Return True if the limit on the time of observing allows it for an optimizer's step.
+        """Return True if the limit on the time of observing allows to observe a step.
 
         Args:
             optimizer: The optimizer.

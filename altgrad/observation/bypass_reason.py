@@ -149,10 +149,10 @@ def find_other_optimizers(
 ) -> dict[int, str]:
     """Find optimizers in this process that call no hooks, and may have stepped some parameters.
 
-    Their class skips the constructor of `Optimizer`. One with a state has stepped the parameters in
-    it, and one without may have stepped all. `OtherSteps` shows the steps of other optimizers: one
-    that it does not show is idle. Optimizers that another monitor observes, or that were observed
-    earlier, are left out: the user knows of them.
+    Their class skips the constructor of `Optimizer`. If such an optimizer has states, it has
+    stepped the parameters with a state; otherwise it may have stepped all of its parameters.
+    Optimizers that do call hooks are left out, because `OtherSteps` sees their steps. So are those
+    that another monitor observes, or that were observed earlier: the user knows of them.
 
     Args:
         parameters: The parameters.

@@ -123,7 +123,7 @@ class OtherSteps:
             self._add(optimizer, [name for name in begun.layers if name in moved])
 
     def _note_compiled(self, optimizer: Optimizer) -> None:
-        """Note an optimizer whose step is being compiled, as it has been called."""
+        """Record an optimizer while its step is compiled, since compiled steps call no hook."""
         if any(map(was_hooked, find_wrapped(optimizer))) or any(map(is_hooked, find_stepping())):
             return
         names = self._find_names()
@@ -145,7 +145,8 @@ def _list_parameters(optimizer: Optimizer) -> list[Tensor]:
 def _find_applied(optimizer: Optimizer, layers: Mapping[str, Tensor]) -> list[str]:
     """Return the layers with a gradient and a learning rate other than 0, after a step.
 
-    Such a step may move weights that a sample lacks, as in an embedding.
+    The step may have moved them although a sample of their weights is unchanged, as in an
+    embedding of which a batch uses a few rows.
     """
     resting = {
         id(each)

@@ -43,7 +43,7 @@ def _is_unusual(parameter: Tensor) -> bool:
 
 @torch.no_grad()
 def _find_error(parameter: Tensor) -> str | None:
-    """Read weights as a step is observed; return the text of the error, None if there is none."""
+    """Return the text of the error if weights cannot be read as in an observed step, or None."""
     try:
         local = to_local_tensor(parameter.detach())
         first = torch.arange(min(local.numel(), 1), device=local.device)

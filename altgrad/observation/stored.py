@@ -65,7 +65,7 @@ class Stored(NamedTuple):
     format: NumberFormat | None = None
 
     def join(self, other: Stored) -> Stored:
-        """Return how a layer is stored that two objects store: one its weights, one its states."""
+        """Return the combination of both: one may store a layer's weights, the other its states."""
         first, second = (self, other) if self.element is not None else (other, self)
         return first._replace(
             states={**second.states, **first.states},

@@ -6,8 +6,8 @@ for the callback of `altgrad_lightning`. It needs no trainer, and loads no logge
 Read `output` first. `charts` turns figures into rows of numbers, `history` and `panels` keep
 figures for pictures, and `loggers` passes numbers, pictures and verdicts to each kind of logger;
 `tensorboard` has the groups and runs of TensorBoard. `summary_writer` makes a logger of a
-SummaryWriter of torch. `summary` says what a training came to. Whoever has the records of several
-optimizers for one step merges them before, by `altgrad.measurement.merging`.
+SummaryWriter of torch. `summary` writes the verdicts at the end of a training. An `Output` takes
+one record for each step: `altgrad.measurement.merging` merges those of several optimizers before.
 """
 
 from altgrad.measurement.merging import merge_records

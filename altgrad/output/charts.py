@@ -4,8 +4,9 @@ A logger with columns, such as CSVLogger, needs the same keys in every row. `Cha
 the charted layers, those with charts of their own. It adds some only when layers appear later, and
 fills missing figures with NaN.
 
-By default a row has the headline, and DIAG-01 to 04 of the model and of the charted layers, 80
-numbers in all; all other figures are in the run file.
+By default a row has at most 80 numbers; all other figures are in the run file. First comes the
+headline: the progress kept, the frozen layers and what is lost. Then come the diagnostics DIAG-01
+to 04, which docs/metrics.md explains, of the model and of the charted layers.
 
 Read this file after `output`, which logs the rows. The next file is `history`, which keeps figures
 for pictures.
@@ -27,11 +28,11 @@ MOST_SCALARS = 80
 _MOST_LAYERS = 8  # charted by default, and none of them if 80 numbers leave no room
 
 HEADLINE = frozenset({"progress_kept", "frozen_layers", "lost_now", "own_share"})
-"""Metrics that say by themselves how a run fares: they stand in a group of their own."""
+"""Metrics that sum up a run, and have a group of their own in TensorBoard."""
 DIAGNOSTICS = ("ulp_mean", "ulp_zero_frac")
-"""Metrics of DIAG-03, which every row has, of the model and of each charted layer."""
+"""Metrics of the diagnostic DIAG-03: each row has them for the model and each charted layer."""
 FORMAT_DIAGNOSTICS = ("stiffness_mean", "on_grid_frac", "grad_stiff_correlation")
-"""Metrics of DIAG-01, 02 and 04, which every row has, by format."""
+"""Metrics of the diagnostics DIAG-01, 02 and 04: each row has them for every number format."""
 
 PER_LAYER = ("update_rms", "update_weight_ratio", "unmoved_frac", *DIAGNOSTICS)
 """Metrics with one chart for each charted layer, if all are charted."""
@@ -86,20 +87,21 @@ class Row(NamedTuple):
 class Charts:
     """A converter from the figures of observed steps to rows with the same keys, for loggers.
 
-    A few layers have charts of their own, the charted layers. They are chosen at the first step in
-    which it is known how much a layer keeps, at the 20th step at the latest. The rows of earlier
-    steps are kept back until this step. Of layers that appear later, such as unfrozen layers, more
-    are chosen in the same way.
+    A few layers, the charted layers, have charts of their own: those whose updates low precision
+    harms most. They are chosen at the first step with figures of a layer, at the 20th step at the
+    latest; until then `add` returns no rows and stores them. Layers that appear later, such as
+    unfrozen ones, may be charted, too.
 
     Args:
         formats: Names of the judged formats.
         layers: The number of layers to chart, or patterns of the names of layers. A number charts
-            the layers that keep least, and at most as many layers that appear later. None charts
-            up to 8 such layers, and fewer if a row would have more than 80 numbers. Layers that
-            are stored low come first, by the progress that the run itself keeps of them now; then
-            the others, by what the recipe would keep that keeps least.
+            the layers that keep least of their progress, and at most as many layers that appear
+            later. None charts up to 8 such layers, and fewer if a row would have more than 80
+            numbers. Layers stored below float32 come first, ranked by the progress that they keep
+            in the run itself. The others are ranked by the recipe under which they keep least.
         kind: ``"default"`` for the headline and DIAG-01 to 04, ``"all"`` for all metrics.
-        recipes: Names of the recipes that twins try, samples that are stored as a recipe says.
+        recipes: Names of the recipes, ways to store weights, that the run tries. Each is tried on
+            a twin, a sample of each layer that is stored so and stepped beside the training.
         is_low: True if weights of the run are stored below float32.
 
     Attributes:
@@ -230,9 +232,9 @@ class Charts:
                 self._recipes.setdefault(name, {}).update(dict.fromkeys(figures.recipes))
 
     def _note_frozen(self, layers: Mapping[str, Figures]) -> None:
-        """Note the layers that have not moved so far, under each recipe and format.
+        """Update the sets of layers that have not moved so far, one set by recipe and format.
 
-        Layers that other steps move stay as they were.
+        A layer without figures in this step, which other steps observe, is left as it was.
         """
         for name, figures in layers.items():
             for recipe in {*figures.recipes, *figures.formats}:
@@ -250,9 +252,10 @@ class Charts:
         return {key: headline.get(key, model.get(key, math.nan)) for key in keys}
 
     def _summarize(self, model: Figures) -> dict[str, float]:
-        """Return the headline: the progress kept and the frozen layers, and what is lost now.
+        """Return the headline: the progress kept and the frozen layers, and what the run loses.
 
-        A format without a twin has its kept_update_ratio in place of the progress.
+        The progress kept comes from twins, samples stored as a recipe says. A format that no twin
+        tries has its kept_update_ratio instead, the share that it keeps of single updates.
         """
         recipes = [key[len("progress_kept/") :] for key in self._twin_keys if _is_progress(key)]
         tried = {*recipes, *self._expected}
@@ -296,9 +299,14 @@ class Charts:
         return [name for name in layers if any(each.matches(name) for each in rules)]
 
     def _fit(self, ranked: Sequence[str], layers: Mapping[str, Figures]) -> list[str]:
-        """Return the first layers, as many as a row has room for; of the first ones at least one.
+        """Return the first layers, at most 8 and as many as a row of 80 numbers has room for.
 
-        All metrics have no limit but that of 8 layers.
+        If no layer is charted yet, there is at least one. With ``kind="all"`` only the limit of 8
+        holds.
+
+        Args:
+            ranked: Names of the layers, the most important first.
+            layers: Figures of the layers, by name.
         """
         before = {**(self.charted or {})}
         chosen = [*ranked[: max(0, _MOST_LAYERS - len(before))]]
@@ -388,7 +396,10 @@ def _join_keys(
 
 
 def _shorten(row: Mapping[str, float]) -> dict[str, float]:
-    """Return numbers by key, also if a state of an earlier version has them by logged key."""
+    """Return numbers with the prefixes ``altgrad/`` and ``monitor/`` removed from their keys.
+
+    Checkpoints of earlier versions have these prefixes.
+    """
     shorter = (key.removeprefix("altgrad/").removeprefix("monitor/") for key in row)
     return dict(zip(shorter, row.values(), strict=True))
 
@@ -398,9 +409,13 @@ def _is_progress(key: str) -> bool:
 
 
 def _is_frozen(figures: Figures, recipe: str) -> bool:
-    """Return True if a layer has not moved so far under a recipe, or without a twin in a format.
+    """Return True if a layer has not moved so far, as its twin or else its single updates tell.
 
-    The error of the sample is left out, which verdicts take into account.
+    Unlike a verdict, this ignores the sampling error.
+
+    Args:
+        figures: Figures of the layer.
+        recipe: Name of a recipe that a twin, a sample of the layer, tries; or of a format.
     """
     if recipe in figures.recipes:
         limits = calibration().thresholds
@@ -417,7 +432,7 @@ def _select_charted(figures: Mapping[str, float]) -> dict[str, float]:
 
 
 def _rank_layer(figures: Figures) -> tuple[float, float, float]:
-    """Return the least that is kept of a layer: by the run now, by twins, and in formats.
+    """Return a key that sorts layers: the least share kept by the run, by twins, and by formats.
 
     A twin is a sample of the layer that is stored as a recipe says. Layers are compared by the
     first of the three, and by the next if they are equal, so that what a layer keeps now is not
@@ -435,5 +450,5 @@ def _find_least(figures: Figures, keys: Sequence[str]) -> float:
 
 
 def _is_known(figures: Figures) -> bool:
-    """Return True if it is known what is kept of a layer."""
+    """Return True if any figure says which share of a layer's updates or progress is kept."""
     return any(value < math.inf for value in _rank_layer(figures))

@@ -1,4 +1,4 @@
-"""Log numbers, pictures, histograms and verdicts with loggers as those of Lightning.
+"""Log numbers, pictures, histograms and verdicts with loggers such as those of Lightning.
 
 A logger has a method `log_metrics`. Numbers go to every logger. TensorBoard and wandb also get
 pictures, histograms and verdicts. Each function has a branch for each kind of logger. Errors of
@@ -75,7 +75,10 @@ def describe_runs(loggers: Iterable[Any]) -> list[dict[str, str | None]]:
 
 
 def wrap_loggers(loggers: Iterable[Any]) -> list[Any]:
-    """Return loggers that `log_row` can write to: TensorBoard has more runs than the user's."""
+    """Return the loggers for `log_row`, those of TensorBoard wrapped in `TensorBoardRuns`.
+
+    The wrapper adds a TensorBoard run for each format and recipe beside the user's run.
+    """
     return [TensorBoardRuns(each) if _is_tensorboard(each) else each for each in loggers]
 
 

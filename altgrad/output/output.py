@@ -214,8 +214,8 @@ class Output:
     def _add_new_layers(self, record: StepRecord) -> None:
         """Describe layers that are measured for the first time, such as layers just unfrozen.
 
-        They are added to the verdicts and to the run file. A layer's first step also creates its
-        optimizer states, whose sizes a header does not have that was made before.
+        They are added to the verdicts and to the run file. The first step of a layer creates its
+        optimizer states; their sizes are unknown before, and are added in the same way.
         """
         if record.layers.keys() <= self._known:
             return
@@ -295,7 +295,7 @@ class Output:
             self._draw(step, weights, assessment)
 
     def _warn_about_frozen(self, assessment: Assessment) -> None:
-        """Warn about layers that stand still, at the first look that shows any."""
+        """Warn about layers that stand still, once, when verdicts first show any."""
         if not self._has_warned and (notice := describe_frozen_now(assessment)):
             self._has_warned = True
             self._warn(f"sees {notice}")
@@ -313,7 +313,15 @@ class Output:
         )
 
     def _pictures(self, weights: Histogram | None, assessment: Assessment) -> dict[str, Figure]:
-        """Draw the maps of layers, and then the ranges of the formats."""
+        """Draw heat maps of layers by steps, and the histogram of weights with formats' ranges.
+
+        Args:
+            weights: Histogram of log2(abs(weight)); None to leave out its picture.
+            assessment: Verdicts, for the layers that never move.
+
+        Returns:
+            The pictures, by key.
+        """
         formats = self._header.formats
         frozen = {format: find_frozen(assessment, format) for format in formats}
         pictures = self._history.draw_heat_maps(frozen)
@@ -370,12 +378,12 @@ class Output:
 
 
 def _list_described(layers: Mapping[str, LayerInfo]) -> set[str]:
-    """Return the names of the layers whose optimizer states are described, too."""
+    """Return the names of the layers whose descriptions have the sizes of optimizer states."""
     return {name for name, layer in layers.items() if layer.states is not None}
 
 
 def explain_skipped(skipped: Mapping[SkipReason, int], *, have_moved: bool) -> str:
-    """Return why no step was observed, if all were skipped; empty without a skipped step.
+    """Return a phrase with the reasons why all steps were skipped; empty if none was skipped.
 
     Args:
         skipped: Number of skipped steps, by reason.
@@ -387,7 +395,13 @@ def explain_skipped(skipped: Mapping[SkipReason, int], *, have_moved: bool) -> s
 
 
 def _is_rounded(now: RecipeInfo | None) -> bool:
-    """Return True if a run with tensors in float32 rounds weights or states after each step."""
+    """Return True if a run rounds weights or optimizer states to a format after each step.
+
+    Its tensors are then float32, but their values are those of a lower format.
+
+    Args:
+        now: How the run itself is stored; None if unknown.
+    """
     return now is not None and bool(now.weights or now.states)
 
 

@@ -1,4 +1,4 @@
-"""Write and show what a training came to: at its end in some lines, and in mid-run in a phrase.
+"""Write and show the verdicts on a training: in some lines at its end, in a phrase in mid-run.
 
 `write_summary` and `show_summary` are for the end of a training, `write_state` for a progress bar.
 """
@@ -16,13 +16,13 @@ from altgrad.report import RunAdvice, format_kept, list_actions, write_answer
 
 _NOTHING_OBSERVED = "No step was observed, so there are no verdicts."
 _MOST_RECIPES = 3
-"""Recipes in a progress bar."""
+"""Maximum number of recipes, ways to store weights, that a progress bar shows."""
 
 
 def write_summary(
     runs: Mapping[str, RunAdvice], path: Path | None, *, has_observed: bool = True
 ) -> str:
-    """Return what a run could be stored as, what to do, and the command that reports it.
+    """Return in which formats a run could be stored, what to do, and the command for a report.
 
     Args:
         runs: Verdicts on the run, by recipe.
@@ -30,7 +30,8 @@ def write_summary(
         has_observed: False if no step was observed, so that there are no verdicts.
 
     Returns:
-        Some lines. The first is the answer, and the last the command with the path.
+        Some lines. The first says what the run could be stored as, and the last is the command
+        ``altgrad report`` with the path.
     """
     answer = write_answer(runs) if runs or has_observed else _NOTHING_OBSERVED
     lines = [f"[AltGrad] {answer}", *list_actions(runs)]
@@ -54,13 +55,16 @@ def show_summary(summary: str) -> None:
 
 
 def write_state(figures: Figures) -> str:
-    """Return which share of the progress is kept, for a progress bar: “bf16 0.97, bf16-sr 1.00”.
+    """Return the share of the progress kept, for a progress bar: “bf16 0.97, bf16-sr 1.00”.
+
+    Each number belongs to a recipe, a way to store weights and optimizer states.
 
     Args:
         figures: Figures of the model in the last observed step.
 
     Returns:
-        The run itself if it is stored low, or else the first recipes; empty without a share.
+        The share of the run itself, ``now``, if its weights are stored below float32; otherwise
+        those of up to three recipes. Empty if no share is known.
     """
     names = [NOW] if NOW in figures.recipes else figures.recipes
     kept = {name: figures.twins[f"progress_kept/{name}"] for name in names}

@@ -26,7 +26,7 @@ LAYERS_GROUP = "3-AltGrad-layers"
 MAPS_GROUP = "4-AltGrad-maps"
 RANGES_GROUP = "5-AltGrad-ranges"
 STEPS_GROUP = "6-AltGrad-steps"
-"""Groups of cards, in their order: a digit is before any letter."""
+"""Groups of cards in their order; the digits sort them, and put them before other groups."""
 # tensorboardX replaces other characters in tags than these and "-", "/", ".":
 # https://github.com/lanpa/tensorboardX/blob/master/tensorboardX/summary.py, _clean_tag
 _PLAIN = re.compile(r"[^\w.+-]")
@@ -130,7 +130,15 @@ def _list_tags(row: Row) -> Iterator[tuple[str, str, float]]:
 
 
 def _is_headline(metric: str, key: str, model: Mapping[str, float]) -> bool:
-    """Return True for figures of the headline, among them those of formats without a twin."""
+    """Return True if a figure belongs to the headline, the group of cards that sums up a run.
+
+    This includes kept_update_ratio of a format that no twin, a sample stored so, tries.
+
+    Args:
+        metric: Name of the metric.
+        key: Key of the figure, ``{metric}`` or ``{metric}/{format}``.
+        model: All figures of the model, by key.
+    """
     if metric != "kept_update_ratio":
         return metric in HEADLINE
     name = key.partition("/")[2]

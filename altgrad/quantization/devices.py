@@ -1,9 +1,9 @@
-"""Devices without float64: what is computed of their tensors is computed on the host.
+"""Compute on the host with tensors of devices that lack float64, such as Apple's MPS.
 
 Exact rounding, and the sums from which figures follow, need float64. The CPU and CUDA have it, and
-all operations that this project uses. Other devices, such as Apple's MPS, lack some of these. Of
-tensors on such a device, elements are gathered there and copied to the host: the CPU computes, so
-that results are those of a run on the CPU, bit for bit.
+all operations that this project uses; other devices lack some. Elements of tensors on such a device
+are gathered there and copied to the host. The CPU computes with the copies, so that results are
+those of a run on the CPU, bit for bit.
 
 `arguments` and `ops` come next.
 """
@@ -54,16 +54,17 @@ def gather(source: Tensor, indices: Tensor, out: Tensor | None = None) -> Tensor
 
 
 class Gathered:
-    """Elements of tensors on their way to the places where they are computed with.
+    """A collector of sampled elements that copies them to the device that computes with them.
 
-    Those on a device without float64 wait there, so that one transfer brings them to the host.
+    `take` gathers elements of one tensor. On a device without float64 they stay there, until
+    `bring` copies all of them to the host by one transfer.
     """
 
     def __init__(self) -> None:
         self._waiting: list[tuple[Tensor, Tensor]] = []  # elements, and their place on the host
 
     def take(self, source: Tensor, indices: Tensor, place: Tensor) -> None:
-        """Gather elements: into their place if that is on the same device, and else to wait.
+        """Gather elements: into `place` if it is on the same device, or else for `bring`.
 
         Args:
             source: The tensor, any dtype, shape and strides.
@@ -77,7 +78,7 @@ class Gathered:
             self._waiting.append((gather(source, indices), place))
 
     def bring(self) -> None:
-        """Copy the elements that wait to their places on the host."""
+        """Copy the elements that `take` has left on their devices to their places on the host."""
         if self._waiting:
             copies = copy_to_host([elements for elements, _ in self._waiting])
             for copy, (_, place) in zip(copies, self._waiting, strict=True):
@@ -88,7 +89,7 @@ class Gathered:
 def gather_all(
     sources: Sequence[Tensor], indices: Sequence[Tensor], places: Sequence[Tensor]
 ) -> None:
-    """Gather elements of many tensors, each into its own place, where they are computed with.
+    """Gather elements of many tensors, each into a tensor on the device that computes with them.
 
     Elements on a device without float64 come to the host by one transfer for the whole device.
 

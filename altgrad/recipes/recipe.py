@@ -182,9 +182,9 @@ class Recipe:
         - A weight or state takes the bits of its format, or else of `dtype`, or else 32. A block
           format adds the 8 bits of a scale to each block; scales of larger groups are not counted.
         - A rounding error takes 16 bits.
-        - States take what an `OptimizerMaker` says. Otherwise:
-        - The states are those of Adam, ``exp_avg`` and ``exp_avg_sq``. If `states` has another name
-          than these two and ``"*"``, the states are those that it names.
+        - States take the bytes that an `OptimizerMaker` says. Without one, they are assumed to be
+          those of Adam, ``exp_avg`` and ``exp_avg_sq``; or those that `states` names, if it has
+          another name than these two and ``"*"``.
 
         Gradients, buffers and step counters are left out.
         """

@@ -52,7 +52,7 @@ _MOST_NAMED = 8  # recipes in a heading
 _MOST_ACTIONS = 5
 _MANY_UNMOVED = 0.1  # share of the weights that a heading mentions
 _KEPT = (Verdict.STORES_FINE, Verdict.WATCH)
-"""Verdicts on a run that some layers do not follow."""
+"""Verdicts with which a run may be stored as a recipe says, while single layers may freeze."""
 _LOW = ("bfloat16", "float16", "float8")
 
 
@@ -63,12 +63,13 @@ class RunRow(NamedTuple):
         recipe: Name of the recipe; ``now`` for the run itself.
         word: The verdict on the run in a word or two.
         share: Share of the progress kept; a ``*`` marks a share of single updates.
-        interval: Interval of 80 % of real runs with this prediction, or that of the sample if
-            `is_step_by_step`; may be empty.
-        never: Share of the weights, moved in float32, that would never move.
+        interval: Interval of `share` in which 80 % of real runs with such a prediction lay. If
+            `is_step_by_step`, the interval of the sampling error instead. May be empty.
+        never: Share of the weights that would never move, although they move in float32.
         frozen: Number of layers that would freeze, with their share of the weights.
         evidence: How many real runs with this verdict lost over 10 % of the fall in loss.
-        is_step_by_step: True if `share` is that of single updates.
+        is_step_by_step: True if `share` is the mean share kept of single updates, False if it is
+            the progress kept over many steps.
         saved: Share that the recipe saves of the memory of weights and optimizer states.
         is_early: True if few steps were observed, so that later ones may change the verdict.
     """
@@ -180,10 +181,11 @@ def write_answer(runs: Mapping[str, RunAdvice]) -> str:
 
 
 def write_now(runs: Mapping[str, RunAdvice]) -> str:
-    """Write what a run loses now; empty if that is not known, or its weights are in float32.
+    """Write what a run loses as it is stored; empty if unknown or if its weights are in float32.
 
     Args:
-        runs: Verdicts on the run, by recipe; ``now`` is that of a run that is stored low.
+        runs: Verdicts on the run, by recipe; ``now`` is the run itself, if it is stored below
+            float32.
 
     Returns:
         A sentence.

@@ -110,7 +110,10 @@ def _write_remedy(run: Run, assessment: Assessment, scaling: str) -> str:
 
 
 def _is_untried(chosen: Mapping[str, str | None], assessment: Assessment) -> bool:
-    """Return True if a layer's chosen format was judged by single updates, without a twin."""
+    """Return True if a layer's chosen format was judged by single updates only.
+
+    It was then not tried over many steps on a twin, a sample of the layer stored so.
+    """
     by_layer = assessment.by_layer
     return any(
         format is not None and not by_layer[name][format].has_twin
@@ -187,7 +190,7 @@ def write_rules(chosen: Mapping[str, str | None], default: str) -> list[str]:
     Args:
         chosen: The format by name of the layer; a layer with None gets no rule. Layers whose names
             differ only in numbers share a rule.
-        default: The format that a rule need not name.
+        default: The format of the `WeightStorage` itself, which rules therefore do not name.
 
     Returns:
         The code of each rule, such as ``SamplingRule("blocks.*.weight", formats="bf16")``.
@@ -201,14 +204,17 @@ def write_rules(chosen: Mapping[str, str | None], default: str) -> list[str]:
 
 
 def group_by_pattern(chosen: Mapping[str, str | None]) -> dict[str, str]:
-    """Return few patterns of `fnmatch` that match all names with a value, each with that value.
+    """Return a few `fnmatch` patterns that give each name its value.
+
+    The names ``blocks.0.weight`` and ``blocks.1.weight``, both with the value ``"bf16"``, become
+    ``{"blocks.*.weight": "bf16"}``.
 
     Args:
-        chosen: A value, such as a format, by name, such as that of a layer. No pattern matches a
-            name that has another value, or None.
+        chosen: A value, such as a format, by name of the layer; None for a layer without one. No
+            pattern matches a name that has another value, or None.
 
     Returns:
-        The value by pattern, such as ``{"blocks.*.weight": "bf16"}``.
+        The value by pattern.
     """
     found: dict[str, str] = {}
     covered: set[str] = set()

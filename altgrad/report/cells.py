@@ -120,8 +120,8 @@ def list_legend(assessment: Assessment) -> list[Meaning]:
 def list_meanings(advice: Iterable[Advice | RunAdvice]) -> list[Meaning]:
     """Return the legend of a table: the meanings of the verdicts in it.
 
-    A verdict that was found step by step, without a twin, has an entry of its own with a ``*``, as
-    its thresholds are others.
+    A verdict from single steps has an entry of its own with a ``*``, because its thresholds differ
+    from those of a verdict from twins, samples that were stored and stepped as a recipe says.
     """
     by_twins: set[Verdict] = set()
     by_steps: set[Verdict] = set()

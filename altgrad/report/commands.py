@@ -146,10 +146,11 @@ def compare(
 ) -> None:
     """Compare two runs: what one predicted and what happened, or their verdicts.
 
-    A run predicts the other if it tried the recipe by which that one is stored,
-    such as bf16-true. Then the layers that differ most from it come first.
-    Otherwise the layers whose verdicts differ come first. A verdict says whether
-    a layer would still train if its weights were stored in a number format.
+    One run predicts the other if it tried the recipe by which the other is
+    stored, such as bf16-true. Then the layers come first that differ most from
+    the prediction. Otherwise the layers whose verdicts differ come first. A
+    verdict says whether a layer would still train if its weights were stored in
+    a number format.
 
     \f
     Args:

@@ -22,21 +22,24 @@ from altgrad.report.matching import SHARES, find_match
 from altgrad.report.records.run import Row, Run
 
 FROZEN = 0.99
-"""Share of the weights from which on a layer is called frozen, if they never moved."""
+"""Share of weights that never moved from which on a layer is called frozen."""
 
 MEANING = (
     "Predicted: a sample of each layer of A, stored as the recipe says and stepped with the "
     "gradients of A. Real: B itself, which is stored so. Each stands beside float32 with the same "
     "gradients."
 )
-"""What is compared with what, for above a table."""
+"""A text above a table: what “predicted” and “real” mean in it."""
 
 _NO_FIGURES = (
     "No layer can be compared: float32 moved none, or weights are NaN or inf in A or in B (see "
     "altgrad report)."
 )
 _CLOSE = 0.1
-"""Largest difference of a share that came true as predicted; samples of 256 differ by 0.05."""
+"""Largest difference between a predicted and a real share that counts as predicted correctly.
+
+Samples of 256 elements alone make shares differ by 0.05.
+"""
 _SECOND_MOMENT = "exp_avg_sq"
 """State whose ratio is shown if the optimizer has it: in bf16 it cannot fall."""
 
@@ -141,7 +144,7 @@ class Confirmation:
 
     @functools.cached_property
     def model(self) -> ConfirmedLayer | None:
-        """The figures of the whole model; None if both runs have no step or other layers."""
+        """The figures of the whole model; None if the runs differ in layers or share no step."""
         return None if self._describe_other_layers() else self._confirm(None)
 
     @functools.cached_property
@@ -282,11 +285,10 @@ class Confirmation:
 
 
 def find_confirmation(a: Run, b: Run, recipe: str | None = None) -> Confirmation | None:
-    """Set what one run predicted beside what really happened in another, if it predicted that.
+    """Find out which of two runs predicted the other, and put prediction and reality together.
 
-    A *recipe* says how weights and optimizer states are stored and stepped. A run predicts a recipe
-    if it tried it on samples of its layers. It happened in another run if that one is stored as the
-    recipe says.
+    A *recipe* says how weights and optimizer states are stored and stepped. One run predicts the
+    other if it tried, on samples of its layers, the recipe by which the other run is stored.
 
     Args:
         a: A run, as `altgrad.report.read` returns it.
@@ -298,8 +300,8 @@ def find_confirmation(a: Run, b: Run, recipe: str | None = None) -> Confirmation
         The confirmation; None if `recipe` is None and neither run is stored as the other predicts.
 
     Raises:
-        ValueError: No run predicts `recipe` beside one that has figures of itself, or `recipe` is
-            None and several recipes say how the other run is stored.
+        ValueError: No run tried `recipe`, or the other run did not measure what it loses itself.
+            Or `recipe` is None, and several recipes say how the other run is stored.
     """
     match = find_match(a, b, recipe)
     if match is None:

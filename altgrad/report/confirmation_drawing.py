@@ -29,7 +29,7 @@ _TITLES: Mapping[str, str] = {
     "progress_kept": "Progress of the layer, over that in float32\n(progress_kept)",
 }
 _NEAR, _FAR = -0.5, 2.0
-"""Ends of an axis at most; a point beyond them is drawn at the edge."""
+"""Largest range of an axis; a point outside of it is drawn at the edge."""
 
 _LEAST_NAMED = 0.08
 """Difference from which on a layer may have its name beside its point."""

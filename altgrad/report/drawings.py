@@ -255,9 +255,14 @@ def _choose_worst(scores: Mapping[str, float], *, low_is_bad: bool) -> list[str]
 
 
 def _score_kept(by_recipe: Mapping[str, float], words: Mapping[str, str]) -> float:
-    """Return what a layer keeps now, or else on average; -inf if it stands still there, or is NaN.
+    """Return a score by which the worst layers are chosen: low is bad.
 
-    `words` has the recipes under which it stands still or is NaN, and is empty for most layers.
+    It is the share of the progress that the layer keeps in the run itself, ``now``, or otherwise
+    the mean over the recipes. A layer that stands still or is NaN has -inf.
+
+    Args:
+        by_recipe: The share kept, by recipe.
+        words: By recipe a word such as ``frozen``, where the layer stands still or is NaN.
     """
     if NOW in by_recipe:
         return -math.inf if NOW in words else by_recipe[NOW]

@@ -60,7 +60,9 @@ class _Library(NamedTuple):
 
 
 def find_library(recipe: RecipeInfo) -> str | None:
-    """Return the short name of the recipe whose lines a library has; None if none has them.
+    """Return the short name by which this file finds the lines of code for a recipe.
+
+    A recipe that no library can train has None.
 
     Args:
         recipe: The description of a recipe in the run file.
@@ -324,7 +326,8 @@ _BY_NAME: Mapping[str, _Library] = {
 }
 """The libraries, by short name of the recipe."""
 EXACT = {"bf16-sr": "torchao-sr", "bf16-kahan": "optimi-kahan"}
-"""The recipe that a library's optimizer follows exactly, by that which is nearly the same.
+"""The recipe that a library's optimizer follows exactly, by name of the similar general recipe.
 
-The optimizers of the libraries keep states in bf16, too, and `bf16-sr` keeps them in float32.
+For ``bf16-sr``, lines for torchao are proposed. Its optimizer keeps the states in bf16, too, while
+``bf16-sr`` keeps them in float32: what it does exactly is the recipe ``torchao-sr``.
 """

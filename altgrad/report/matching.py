@@ -83,8 +83,8 @@ def find_match(a: Run, b: Run, recipe: str | None = None) -> Match | None:
         The recipe, of `a` if both runs tried one; None if `recipe` is None and neither did.
 
     Raises:
-        ValueError: No run tried `recipe` beside one that has figures of itself, or `recipe` is None
-            and several recipes say how the other run is stored.
+        ValueError: No run tried `recipe`, or the other run did not measure what it loses itself.
+            Or `recipe` is None, and several recipes say how the other run is stored.
     """
     for predicting, real, is_swapped in ((a, b, False), (b, a, True)):
         if not has_own_figures(real):
@@ -134,7 +134,10 @@ def describe_no_match(a: Run, b: Run) -> list[str]:
 
 
 def has_own_figures(run: Run) -> bool:
-    """Return True if a run compares itself with float32, because its weights are stored low."""
+    """Return True if a run has figures of itself, under the name ``now``, compared with float32.
+
+    Only runs that store weights in fewer bits than float32 have them.
+    """
     if run.recipes:
         return _has_figures(run, NOW)
     # Without recipes, a run in 16 bits has the keys, and no values.

@@ -32,9 +32,9 @@ _DTYPE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32, "float64": 64}
 _KAHAN_BYTES = 2  # the rounding error of a weight, in bf16
 _SCALE_BYTES = 1  # a power of two, as in e8m0fnu
 _COMPENSATIONS = ("kahan_comp",)
-"""Names of states that are the rounding error of a weight: that of optimi."""
+"""Names of optimizer states that hold the rounding errors of weights, as optimi names its own."""
 _MASTERS = ("master_param",)
-"""Names of states that are a copy of the weights in float32: that of TransformerEngine."""
+"""Names of optimizer states that hold a float32 copy of the weights, as in TransformerEngine."""
 _LARGEST_COUNTER = 8  # bytes; a state without elements is a table or scales beyond
 _UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
@@ -66,7 +66,7 @@ class Bytes(NamedTuple):
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory that the layers of a run take that moved, if they are stored as a recipe says.
+    """The memory of the layers that a run trains, if they are stored as a recipe says.
 
     Attributes:
         recipe: Name of the recipe; ``now`` for the run as it is.
@@ -130,10 +130,10 @@ def _measure(layers: Sequence[LayerInfo], recipes: Mapping[str, RecipeInfo]) -> 
 
 
 def list_counted(layers: Mapping[str, LayerInfo]) -> dict[str, LayerInfo]:
-    """Return the layers whose memory counts, by name.
+    """Return the layers whose memory is counted, by name.
 
-    These are the layers whose optimizer states are known, as those without a step have none; all
-    layers if no states are known.
+    These are the layers with known optimizer states; a layer that was never stepped has none. If
+    no states are known, as in older files, all layers count.
 
     Args:
         layers: The observed layers, by name.
@@ -226,7 +226,7 @@ def _measure_own(count: int, optimizer: OptimizerSize, bits: int) -> Bytes:
 
 
 def _sort(name: str, size: float) -> Bytes:
-    """Return the bytes of a state as the part to which its name belongs."""
+    """Return a `Bytes` with the size of a state in one part, chosen by the state's name."""
     if name in _MASTERS:
         return Bytes(master=size)
     return Bytes(compensation=size) if name in _COMPENSATIONS else Bytes(states=size)

@@ -166,13 +166,16 @@ class _Proposer:
         return _add_why(advice.recipe, why, [*library, *simulation])
 
     def _find_patterns(self, modules: Iterable[str]) -> list[str]:
-        """Return patterns that match the names of these modules, and of no other with a layer."""
+        """Return patterns that match the names of these modules, and of no other trained module."""
         kept = {*modules}
         every = dict.fromkeys(map(find_module, self._run.layers))
         return [*group_by_pattern({name: "kept" if name in kept else None for name in every})]
 
     def _find_exact(self, recipe: RecipeInfo) -> str | None:
-        """Return the name of the recipe that the run tried for what a library has of this one."""
+        """Return the name of the tried recipe that a library's optimizer follows exactly, or None.
+
+        For a recipe like ``bf16-sr`` this is ``torchao-sr``, if the run tried it.
+        """
         wanted = EXACT.get(find_library(recipe) or "")
         names = (
             name
@@ -182,7 +185,10 @@ class _Proposer:
         return None if wanted is None else next(names, None)
 
     def _is_with_stochastic(self, recipe: RecipeInfo, proposed: Sequence[RunAdvice]) -> bool:
-        """Return True for states in 8 bits, if stochastic rounding is proposed as well."""
+        """Return True if a recipe with 8-bit states can be combined with stochastic rounding.
+
+        This holds for ``torchao-8bit``, if a recipe with stochastic rounding is proposed as well.
+        """
         names = {find_library(self._run.recipes[each.recipe]) for each in proposed}
         is_packed = find_library(recipe) == "torchao-8bit"
         return is_packed and bool(names & {"bf16-sr", "torchao-sr"})
@@ -190,7 +196,7 @@ class _Proposer:
     # --- formats that were judged by single updates
 
     def _list_formats(self) -> list[str]:
-        """Return the formats that are fine by single updates, and were not tried as a recipe."""
+        """Return the formats that keep single updates well, but were not tried over many steps."""
         found = [
             name
             for name, each in self._runs.items()

@@ -19,7 +19,10 @@ _PUBLIC = {
 }
 """The public module of optimizers, by the name of the package."""
 _FAMILIES = {"_AdamW": "AdamW"}
-"""The optimizer of torch that another one is, where that is not its name without its bits."""
+"""The optimizer of torch with the same arithmetic, by class name, if not found by name.
+
+Names such as ``AdamW8bit`` need no entry: without the number of bits they are those of torch.
+"""
 _FUSED = ("SGD", "Adam", "AdamW", "Adagrad")
 _MOST = 4  # optimizers that each have a line
 _AS_NOW = "  # as now"  # the arguments

@@ -34,9 +34,9 @@ _TIERS = (
 """Verdicts with which a layer may be stored. Those of a later line count only if the budget cannot
 be met without them; a layer with any other verdict is not stored so."""
 _DECISIVE = 2
-"""Number of the largest layers, and of those that count the most, whose options are all tried."""
+"""Number of layers for which `choose` tries every option: the 2 largest, the 2 that count most."""
 _SAME, _FEW = 0.01, 2
-"""Progress that is not worth a recipe more, and how many recipes are few."""
+"""Progress that a simpler plan may lose, and the number of recipes up to which it is simple."""
 _FROZEN_LIMIT = calibration().thresholds.frozen
 
 

@@ -37,7 +37,8 @@ def rank_layers(assessment: Assessment) -> dict[str, dict[str, Advice]]:
 def list_lost(assessment: Assessment) -> list[str]:
     """Return the names of the layers that are frozen, stuck or NaN.
 
-    Of a run that is stored low this means now, and of another run in any recipe, a way to store it.
+    If the run itself is stored below float32, its own verdict ``now`` decides. Otherwise a layer is
+    listed if it would be so in any recipe, a way to store weights.
 
     Args:
         assessment: Verdicts on a run and its layers.

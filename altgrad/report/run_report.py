@@ -73,7 +73,10 @@ class RunReport:
 
     @property
     def recipes(self) -> list[str]:
-        """Names of the judged recipes, ``now`` for the run itself first, then formats without."""
+        """Names of all judged ways to store the run: ``now`` for the run itself, recipes, formats.
+
+        A format is among them if no recipe of its name was tried.
+        """
         return [*self.assessment.runs]
 
     @functools.cached_property

@@ -4,8 +4,10 @@ The *run* is the training that is watched. It updates an average of its weights 
 code of its own. A *twin*, a sample of the layers that is stored and stepped as a recipe says, makes
 the same update with its own weights. Two classes find out which update that was:
 
-- `FunctionFollower` calls the function of an `AveragedModel`, as often as that counted an update.
-- `ShareFollower` computes by which share of the way to the weights the average has moved.
+- `FunctionFollower` calls the update function of an `AveragedModel`, once for each update that the
+  model has counted.
+- `ShareFollower` assumes the update s ← s + a · (w − s) of an average s of weights w, and computes
+  the share a from how far the average has moved.
 
 Read `average_sample` first; `statistic_follower` comes next.
 """
@@ -139,9 +141,10 @@ class FunctionFollower(Follower):
     """A way to update the averages of twins by the function of an `AveragedModel`.
 
     *Twins* are samples of the layers that are stored and stepped as recipes say. The model counts
-    its updates in a tensor. How often torch has written to that tensor is known on the host. Where
-    the average has changed without, as after `load_state_dict`, twins take it over; where that goes
-    on, a loop of the user's updates it otherwise, and a check fails.
+    its updates in a tensor, and torch counts the writes to this tensor on the host: that many
+    updates are repeated. If the average changes without such a write, as after `load_state_dict`,
+    twins copy it. If this happens at several steps in a row, other code updates the average, and
+    `check` reports a difference.
 
     Args:
         average: The average of the training's weights.
@@ -203,12 +206,12 @@ class FunctionFollower(Follower):
 
 
 class ShareFollower(Follower):
-    """A way to update the averages of twins by the share of the way that the training's has moved.
+    """A way to update the averages of twins by a share that is found from the training's average.
 
     *Twins* are samples of the layers that are stored and stepped as recipes say. An average s moves
-    to s + a · (w − s), for weights w. The share a, which is 1 − decay, is computed at each look
-    from all sampled elements, by least squares. It is 0 if the average has not moved. If no share
-    explains the movement, the average was written to, and all twins take it over.
+    to s + a · (w − s), for weights w. Each call of `follow` computes the share a, which is
+    1 − decay, from all sampled elements by least squares. It is 0 if the average has not moved. If
+    no share explains the movement, the average was overwritten, and all twins copy it.
 
     Args:
         average: The average of the training's weights.
@@ -252,16 +255,16 @@ class ShareFollower(Follower):
     def _find_share(
         self, reference: Twin, last: Tensor, real: Tensor, *, is_written: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return the share of the way to the weights that an average has moved.
+        """Return the share a with which an average s has moved to s + a · (w − s).
 
         Args:
-            reference: The twin that is stepped as the training is.
-            last: The average at the last look, (elements).
+            reference: The twin that is stepped as the training is; its weights are w.
+            last: The average s at the last call of `follow`, (elements).
             real: The average now, (elements).
-            is_written: True if torch has counted a write to the average since the last look.
+            is_written: True if torch has counted a write to the average since that call.
 
         Returns:
-            The share, float64 (1), and True if it explains the movement, bool (1).
+            The share a, float64 (1), and True if it explains the movement, bool (1).
         """
         before, now, weights = last.double(), real.double(), reference.tensors.weights
         step = (now - before).nan_to_num(0.0, 0.0, 0.0)
@@ -289,15 +292,15 @@ class ShareFollower(Follower):
 
 
 def _move_alike(step: Tensor, expected: Tensor, way: Tensor, spacing: Tensor) -> Tensor:
-    """Return True unless averages move a third as far as expected, or three times as far.
+    """Return True if averages move about as far as the user's decay lets expect.
 
-    In 16 bits, each element moves by a spacing or not at all, whatever the decay. All together show
-    whether the decay is that of the training.
+    The sum over all elements must be from a third of the expected sum to three times as much. In 16
+    bits a single element moves by a whole spacing or not at all, and says nothing about the decay.
 
     Args:
         step: The movement, float64 (elements).
         expected: The movement with the decay that the user states, float64 (elements).
-        way: What lies between the averages and the weights, float64 (elements).
+        way: The weights minus the averages, float64 (elements).
         spacing: About the distance of neighbouring numbers, float64 (elements).
 
     Returns:
@@ -311,10 +314,10 @@ def _move_alike(step: Tensor, expected: Tensor, way: Tensor, spacing: Tensor) ->
 
 
 def _find_trust(weights: Tensor, averages: Tensor) -> Tensor:
-    """Return by how much each element counts where a share is found by least squares.
+    """Return the weight of each element in the least squares by which a share is found.
 
-    Where weights have fewer digits than their averages, a loop may round its addend, a share of the
-    weight, to the dtype of the weights. Elements count for less, the more that can be.
+    If the weights have fewer digits than their averages, a training loop may round a · w to the
+    dtype of the weights. An element counts for less, the larger this rounding error can be.
 
     Args:
         weights: The weights, (elements).

@@ -30,9 +30,9 @@ _MOMENTUM = 0.1  # of the known step: 0.1 and 0.9 are rounded in bf16, and so ar
 class BatchStatistic:
     """The running mean, or the running variance, of all BatchNorm modules of a training.
 
-    A statistic belongs to the layer of the module's weight, which has as many elements. Those
-    without a weight, a momentum or a count of batches, or in 16 bits are left out: from numbers of
-    16 bits, the mean of the batch cannot be found.
+    A statistic belongs to the layer of the module's weight, which has as many elements. Modules
+    without a weight, a momentum or a count of batches are left out. So are statistics in 16 bits,
+    from which the mean of a batch cannot be found.
 
     Args:
         name: ``"running_mean"`` or ``"running_var"``.
@@ -43,7 +43,7 @@ class BatchStatistic:
         name: The `name` argument.
         noted: The number of batches that each module had got when `note_batches` was last called,
             int64 of no dimension, by name of its weight's layer.
-        noted_writes: How often torch had written to each of these numbers then, by name likewise.
+        noted_writes: How often torch had written to each of these numbers then, by the same name.
     """
 
     def __init__(self, name: str, module: nn.Module, names: Mapping[Tensor, str]) -> None:

@@ -82,7 +82,7 @@ class ElementScales:
         self.forget_amaxes()
 
     def forget_amaxes(self) -> None:
-        """Drop the amaxes (largest magnitudes) of weights; the next need asks `find_amaxes`."""
+        """Drop the amaxes (largest magnitudes) of weights; `find_amaxes` is called when needed."""
         self._weight_amaxes = None
 
     def applied(self, format: NumberFormat) -> Scaling | None:

@@ -122,10 +122,10 @@ def follow_changes(
 ) -> dict[str, Tensor]:
     """Change other sums of gradients as the training has changed its own before a step.
 
-    The gradients that are applied are fitted, in each layer, by a factor times the training's sum.
-    Unscaling and clipping by norm leave just that. A sum becomes the factor times itself, plus what
-    the fit leaves of the applied gradients. Where nothing was changed, the factor is exactly 1 and
-    nothing is left.
+    In each layer, the applied gradients are split into factor · total + rest, with the factor of
+    least squares. Each sum then becomes factor · sum + rest. Unscaling and clipping by norm change
+    the factor alone, and leave no rest. Where the training changed nothing, the factor is exactly 1
+    and the rest is 0.
 
     Args:
         sums: Sums of the same gradients that were rounded in other ways, by name, float32 or
@@ -136,8 +136,8 @@ def follow_changes(
             layer are.
 
     Returns:
-        The changed sums by name, (elements). Where the training's gradients are infinite or NaN,
-        these.
+        The changed sums by name, (elements). An element whose applied gradient is infinite or NaN
+        has the applied gradient.
     """
     # A product that the training rounds may differ by this share from the product here.
     noise = torch.finfo(applied.dtype).eps
@@ -154,8 +154,8 @@ def follow_changes(
 def _fit_factors(total: Tensor, applied: Tensor, mask: Tensor) -> Tensor:
     """Return by which factor the applied gradients of each layer differ from the training's sum.
 
-    It is the factor with the smallest squares of the errors. Each error of rounding counts little
-    in it, so that in float32 it is mostly the very number by which the training has multiplied.
+    It is found by least squares over all elements, so that their rounding errors average out. In
+    float32 it mostly equals the number by which the training has multiplied its sum.
 
     Args:
         total: The sum, a row for each layer, floating-point (layers, width).

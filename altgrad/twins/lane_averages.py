@@ -132,7 +132,7 @@ class LaneAverages:
         self._followers[name].follow(reference, concerned)
 
     def _begin(self, average: RunAverage | BatchStatistic) -> None:
-        """Begin to look when the training updates an average of its weights, to have twins do so.
+        """Begin to follow an average of the training's weights: twins update theirs when it does.
 
         A *twin* is a sample of the layers that is stored and stepped as a recipe says.
 

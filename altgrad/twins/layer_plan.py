@@ -562,7 +562,7 @@ class _Saved(NamedTuple):
         )
 
     def equals_state(self, other: _Saved) -> bool:
-        """Return True if the other reading of the layer has equal optimizer states."""
+        """Return True if another record of the layer has equal optimizer states."""
         names = self.state.keys()
         return names == other.state.keys() and all(
             _equal(self.state[name], other.state[name]) for name in names

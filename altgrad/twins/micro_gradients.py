@@ -179,10 +179,9 @@ class MicroGradients:
         """Return the gradients with which the sample of each recipe steps, just before a step.
 
         A recipe with `accumulate` says in which format gradients of several passes are added up.
-
-        These are its sums, with what the training has done to its own: unscaling, clipping and so
-        on. A gradient that no backward pass has added up, such as one that was set by hand, is
-        rounded once instead.
+        The result is the sum in that format, changed as the training has changed its own sum: by
+        unscaling, clipping and so on. A gradient that no backward pass has added up, such as one
+        that was set by hand, is rounded once instead.
 
         Args:
             layout: The places of the samples in flat tensors.

@@ -214,10 +214,11 @@ class RunAverage:
 def _find_prefix(
     own: Mapping[str, Tensor], parameters: Mapping[str, Tensor], part: str | None
 ) -> str:
-    """Return what stands before the names of an average in the names of the training's layers.
+    """Return the prefix of the training's names that the names of an average lack.
 
-    It is empty for an average of the whole model, and the path of the submodule for an average of a
-    part. Parameters of the average itself, which may be a part of the model, do not count.
+    An average of the submodule ``net`` has the name ``0.weight`` for the layer ``net.0.weight``:
+    its prefix is ``"net."``. It is empty for an average of the whole model. Parameters of the
+    average itself, which may be a part of the model, do not count.
 
     Args:
         own: The parameters of the average, by name.

@@ -34,7 +34,9 @@ class RunStates:
         self._last = _Writes((), [], [], [])
 
     def remember(self, optimizer: Optimizer, stepped: Sequence[Stepped]) -> None:
-        """Note the writes to optimizer states so far as the optimizer's own; called after its step.
+        """Remember how often each optimizer state was written to; called right after a step.
+
+        Only later writes count as changes by something other than a step.
 
         Args:
             optimizer: The training's optimizer.

@@ -197,7 +197,10 @@ class RunWeights:
     # --- weights that something other than a step has changed
 
     def remember_writes(self) -> None:
-        """Note the writes to weights so far as the optimizer's own; called after its step."""
+        """Remember how often each weight was written to; called right after a step.
+
+        Only later writes count as changes by something other than a step.
+        """
         self._versions = self._read_versions()
         if self.is_watching:
             self.gather()

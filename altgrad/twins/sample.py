@@ -110,7 +110,7 @@ def draw_sample(draw: Draw, name: str, shape: Sequence[int], most: int, block: i
 
 
 def measure_block_ends(indices: Tensor, shape: Sequence[int], block: int) -> Tensor:
-    """Return for each element how many elements on its block ends; 1 for single elements.
+    """Return for each element the distance to the end of its block: 1 for the last element.
 
     Args:
         indices: Indices into the flattened layer, int64 (elements).

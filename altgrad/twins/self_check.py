@@ -56,12 +56,12 @@ torch had counted no write to them, else 0.
 class Check(Enum):
     """The result of a self-check of one layer, from best to worst.
 
-    It says whether a *twin*, a sample that is stepped just as the training is, equals it.
+    The self-check asks whether a *twin*, a sample that is stepped just as the training is, has the
+    training's weights.
 
-    A training that is rounded after each step, by a `WeightStorage` or by an optimizer that rounds
-    at random, is not checkable: the twin rounds otherwise. At the first step both start alike, and
-    differ by at most one spacing. *Tails* are a few elements that torch rounds otherwise at the
-    ends of a tensor.
+    `NOT_CHECKABLE` is a training that a `WeightStorage`, or an optimizer that rounds at random,
+    rounds in another way than the twin. At the first step the two then differ by at most one
+    spacing. *Tails* are a few elements at the ends of a tensor, which torch may round otherwise.
     """
 
     EQUAL = "equal"
@@ -123,10 +123,10 @@ def find_suspected(counts: Tensor) -> Tensor:
 
 
 def are_rounded_otherwise(counts: Numbers) -> bool:
-    """Return True if a twin differs from the training, and by one spacing at most.
+    """Return True if a twin differs from the training, but by at most one spacing.
 
-    The *twin* is a sample that has made one step just as the training has. The training then rounds
-    its weights by other code or other random numbers.
+    The *twin* is a sample that has made one step just as the training has. A difference of one
+    spacing means that the training rounds weights by other code or with other random numbers.
 
     Args:
         counts: Result of `compare` on the host, (layers, 4 or more).

@@ -55,8 +55,9 @@ def cut_sample(
         drawn: The sample of the whole layer, ascending indices, int64 (elements) on the CPU.
         find_part: Function that finds which elements this rank steps.
         numel: Number of elements of the local shard.
-        ends: For each drawn element, how many elements on its block ends, int64 (elements); 1 for
-            single elements. Elements of a block share a scale, and are left out together.
+        ends: For each drawn element, the distance to the end of its block, int64 (elements): 1 for
+            the last element, and for single elements. Elements of a block share a scale, and are
+            left out together.
         rounds_by_place: True if the place of an element in the shard may decide how torch rounds
             it.
 

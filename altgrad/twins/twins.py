@@ -210,7 +210,7 @@ class Twins:
         return self._runs[optimizer]
 
     def _watch_gradients(self, run: OptimizerRun) -> None:
-        """Put hooks on layers for recipes that add up gradients themselves; remove those in vain.
+        """Put hooks on layers for recipes that add up gradients; remove hooks that none needs.
 
         A recipe with `accumulate` says in which format the gradients of several backward passes are
         added up. The hooks show each gradient. Layers have none if no such recipe is left.

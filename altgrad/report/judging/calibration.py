@@ -77,11 +77,13 @@ class StepThresholds:
 
 
 class Offset(NamedTuple):
-    """The distance of a real run's progress from what its twins predict, in 8 of 10 runs.
+    """The distance between the predicted and the real share of progress kept, in 8 of 10 runs.
+
+    It was measured on real runs, whose predictions fell into one range of shares.
 
     Attributes:
-        below: Upper end of the range of predicted shares; the range begins where that of the
-            offset before ends.
+        below: Upper end of the range of predicted shares. Its lower end is the upper end of the
+            range before.
         low: The 10th percentile of real − predicted, over the runs in the range.
         high: The 90th percentile of real − predicted, over the runs in the range.
     """

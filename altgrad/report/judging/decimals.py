@@ -87,7 +87,11 @@ def format_error(error: float) -> str:
 
 
 def _round_below(figure: float, limits: Iterable[float]) -> str:
-    """Round a figure to two decimals that are on its side of 0, of 1, and of limits it is below."""
+    """Return a figure with two decimals, rounded so that it crosses none of some limits.
+
+    A figure below 1 or below one of `limits` is not rounded up to it, and one above 0 is at least
+    ``0.01``: 0.996 is ``0.99``.
+    """
     if abs(figure) >= _MANY:
         return f"{figure:.0e}"
     rounded = round(figure, 2)

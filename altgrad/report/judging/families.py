@@ -40,18 +40,18 @@ _LIBRARIES = {
 
 
 def as_recipe(storage: RecipeInfo) -> RecipeInfo:
-    """Return how a run stores its weights, as a run file has it, in the form of a recipe.
+    """Return the description of how a run itself is stored, in the form of a tried recipe.
 
-    A recipe names a dtype or an optimizer only where it differs from the run's usual ones.
+    A tried recipe has None for a dtype of float32 or float64, and for the run's own optimizer.
     """
     dtype = None if storage.dtype in _FULL else storage.dtype
     return replace(storage, dtype=dtype, optimizer=None)
 
 
 def is_stochastic(recipe: RecipeInfo | None) -> bool:
-    """Return True if a recipe rounds stochastically, by itself or in its optimizer.
+    """Return True if a recipe rounds weights stochastically, by itself or in its optimizer.
 
-    Also a recipe without a family may do so, such as one that stores states in few bits as well.
+    This holds for any recipe, also for one that belongs to no family of tested recipes.
 
     Args:
         recipe: The recipe's description in the run file; None if it has none.

@@ -42,7 +42,10 @@ if TYPE_CHECKING:
     from altgrad.measurement.figures import Figures
 
 MOST_TWIN_ELEMENTS = 256
-"""Default of `twin_elements`; `altgrad.observation.rules`, which has it too, would load torch."""
+"""Default of `twin_elements`: the most elements of a layer in a twin, the sample that is stepped.
+
+It repeats a constant of `altgrad.observation.rules`, whose import would load torch.
+"""
 _FEW_BITS = 8
 _NEAREST = ("nearest-16", "nearest-8")
 
@@ -173,7 +176,7 @@ class Judge:
         return found
 
     def _count_untouched(self, layers: Mapping[str, Mapping[str, LayerShare]]) -> list[LayerShare]:
-        """Return how much the layers count that the run stores in float32, so that none is lost."""
+        """Return the layers that the run stores in float32, as layers that keep all progress."""
         figures, errors = {PROGRESS: 1.0, FROZEN: 0.0}, {PROGRESS: 0.0}
         untouched = []
         for layer, twins in self._twins.items():
@@ -203,18 +206,20 @@ class Judge:
         return Advice(layer, name, verdict, figures, errors, reason, *about)
 
     def _count_drawn(self, layer: str) -> int:
-        """Return how many elements a twin has of a layer, at the default of `twin_elements`.
+        """Return how many elements of a layer its twin, the sample stored by a recipe, has.
 
-        A run file does not say what the setting was. With a larger one, chance is overestimated.
+        A run file does not say which `twin_elements` was set, so its default is assumed. If it was
+        larger, the error by the chance of stochastic rounding is overestimated.
         """
         info = self._layers.get(layer)
         size = math.prod(info.shape) if info is not None else MOST_TWIN_ELEMENTS
         return max(min(size, MOST_TWIN_ELEMENTS), 1)
 
     def _doubt_sample(self, layer: str, name: str) -> str:
-        """Return a phrase on updates that are kept beside a sample that stands still; or "".
+        """Return a phrase if a twin stands still but single updates of the layer are kept; or "".
 
-        Of an embedding, the few rows that are used may all be outside of the twin's sample.
+        A *twin* is a small sample of the layer. In an embedding, it may hold none of the few rows
+        that batches use, while the larger sample of single updates does.
         """
         recipe = self._recipes.get(name)
         format = None if recipe is None else find_format(recipe)
@@ -258,7 +263,7 @@ class Judge:
         return find_smallest(fine, formats)
 
     def _list_formats(self) -> dict[str, FormatInfo]:
-        """Return the judged formats, and those of recipes that round weights to nearest in one."""
+        """Return the judged formats, and the formats of recipes that only round to nearest."""
         tried = [
             name
             for name, recipe in self._recipes.items()

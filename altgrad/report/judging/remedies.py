@@ -27,9 +27,9 @@ from altgrad.report.records.schema import RecipeInfo
 _FEW_WEIGHTS = 0.05
 """Largest share of the weights that can stay in float32 at a small price."""
 _FAR_STATE = 1.5
-"""Least ratio of a second moment to that in float32 that is named as the cost of a remedy."""
+"""Ratio of exp_avg_sq to its value in float32 from which a sentence on a remedy mentions it."""
 _ENDS = {"sr": "stochastic", "kahan": "kahan"}
-"""Families of remedies, by the end of the names of their recipes."""
+"""The two remedies: by the end of a recipe's name, as in ``bf16-sr``, the family of the recipe."""
 
 
 def add_remedies(
@@ -133,7 +133,16 @@ def _explain_silence(layers: Sequence[LayerShare]) -> str:
 def _find_best(
     verdict: Verdict, names: Iterable[str], runs: Mapping[str, RunAdvice]
 ) -> RunAdvice | None:
-    """Return the verdict on the remedy that keeps nearest to all, of those with a verdict."""
+    """Return, among the remedies with a given verdict, that whose share kept is nearest to 1.
+
+    Args:
+        verdict: The verdict.
+        names: Names of remedies: recipes with stochastic rounding or Kahan summation.
+        runs: Verdicts on the run, by recipe.
+
+    Returns:
+        The verdict on the run in this recipe; None if no remedy has the given verdict.
+    """
     found = [runs[name] for name in names if name in runs and runs[name].verdict is verdict]
     return min(found, key=lambda each: abs(each.kept - 1), default=None)
 

@@ -115,12 +115,12 @@ def judge_recipe(
 def is_fine_beside(
     advice: RunAdvice, layers: Sequence[LayerShare], untouched: Sequence[LayerShare]
 ) -> bool:
-    """Return True if a run would be fine with some of its layers in float32.
+    """Return True if a recipe would be fine for a run that leaves some layers in float32.
 
     Args:
-        advice: The verdict on the run as it is.
+        advice: The verdict on the run with all layers stored as the recipe says.
         layers: The layers that the recipe was judged for.
-        untouched: Those of `layers` that would be in float32, and keep all of their progress.
+        untouched: Those of `layers` that would stay in float32, where they lose nothing.
     """
     names = {each.advice.layer for each in untouched}
     rest = [_store_in_float32(x) if x.advice.layer in names else x for x in layers]
@@ -128,7 +128,7 @@ def is_fine_beside(
 
 
 def _store_in_float32(layer: LayerShare) -> LayerShare:
-    """Return what a layer contributes to the run if it is in float32: it loses nothing."""
+    """Return a copy of a layer's verdict and figures as they would be in float32: all is kept."""
     own = layer.advice
     metric = PROGRESS if own.has_twin else STEP_KEPT
     fine = own._replace(
@@ -140,14 +140,14 @@ def _store_in_float32(layer: LayerShare) -> LayerShare:
 
 
 def find_share(own: Sequence[LayerShare], layers: Sequence[LayerShare]) -> float:
-    """Return the share of the weights that some layers have.
+    """Return the number of weights in some layers, divided by that in all layers.
 
     Args:
-        own: These layers.
+        own: Some layers.
         layers: All layers.
 
     Returns:
-        The share, 0 to 1; NaN without weights.
+        The share, 0 to 1; NaN if there are no weights.
     """
     size = math.fsum(layer.size for layer in layers)
     return math.fsum(layer.size for layer in own) / size if size else math.nan
@@ -186,8 +186,9 @@ def _judge_by_standing(share: float) -> Verdict:
 def _join_kept(layers: Sequence[LayerShare]) -> tuple[float, float]:
     """Return the share of the progress that all layers together keep, and its standard error.
 
-    The error is that of what each layer keeps. What a sample leaves open of how far a layer moved
-    is not known here; it adds to the error where layers keep very different shares.
+    The share is a mean over layers, weighted by how far float32 moved them. The error includes the
+    errors of the layers' shares, and leaves out the unknown errors of the weights. It is therefore
+    too small if layers keep very different shares.
     """
     weighted = [(each.energy, each.advice) for each in layers]
     if all(math.isnan(energy) for energy, _ in weighted):  # in checkpoints of version 0.1.0
@@ -213,7 +214,7 @@ def _join_weight_errors(layers: Sequence[LayerShare]) -> float:
 
 
 def _find_error(advice: Advice) -> float:
-    """Return the standard error of the share kept; a sample too small to tell may be all wrong."""
+    """Return the standard error of the share kept; 1 if unknown, as for a sample too small."""
     error = advice.errors[PROGRESS if advice.has_twin else STEP_KEPT]
     return 1.0 if math.isnan(error) else error
 
@@ -238,10 +239,10 @@ def join_shares(layers: Sequence[LayerShare], metric: str) -> float:
 
 
 def find_kept_interval(kept: float, error: float, *, has_twin: bool) -> Interval:
-    """Return the interval of 80 % in which the share kept by the real run lies.
+    """Return the interval in which 8 of 10 real runs with such a prediction lay.
 
-    Twins get the gradients of a run in float32, and those of the real run differ: where its weights
-    stay behind, its gradients stay large and make up for a part.
+    A prediction is off since twins, samples of a run, get the gradients of that run. In a real run
+    whose weights stay behind, gradients stay large, and make up for a part of the loss.
 
     Args:
         kept: The share that the twins predict, or that single steps keep.

@@ -127,7 +127,7 @@ def _judge_by_kept(kept: float, interval: Interval, stall: float) -> tuple[Verdi
 
 
 def classify_steps(kept: float) -> Verdict:
-    """Return the verdict that follows from the share of single updates that is kept."""
+    """Return the verdict for a share of single updates kept, by comparing it with thresholds."""
     if kept >= _LIMITS.stores_fine:
         return Verdict.STORES_FINE
     return Verdict.WATCH if kept >= _LIMITS.needs_remedy else Verdict.NEEDS_REMEDY

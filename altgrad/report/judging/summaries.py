@@ -26,7 +26,7 @@ _LIMITS = calibration().thresholds
 NO_VERDICTS = (
     "No step was observed, or the monitor has neither formats nor recipes: there are no verdicts."
 )
-"""What is said in place of verdicts where the reason is not known."""
+"""The text in place of verdicts, if it is unknown why there are none."""
 
 
 def summarize(runs: Mapping[str, RunAdvice], advice: Sequence[Advice]) -> str:

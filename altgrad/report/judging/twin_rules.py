@@ -30,7 +30,7 @@ _FEWEST_STILL = 2
 """Fewest observed steps in which a layer stands still, for the verdict “stuck”."""
 _BY_CHANCE = "stochastic rounding moves a weight by chance: more steps, or more elements, will tell"
 _FAR_RATIO = 1.25
-"""Ratio of a state to float32 that a reason mentions; a larger or inverse one, too."""
+"""Ratio of an optimizer state to float32 from which a reason mentions it; 1 / 1.25 counts, too."""
 
 
 def judge_twin(tally: TwinTally, range_reason: str = "", *, drawn: int = 0) -> tuple[Verdict, str]:
@@ -99,11 +99,13 @@ def _write_reason(tally: TwinTally, progress: str, share: str) -> str:
 
 
 def may_be_chance(kept: float, interval: Interval) -> bool:
-    """Return True if what is kept is too little or too much, and may be what is fine.
+    """Return True if the share kept is out of the fine range, but may be so by chance.
+
+    This is so if its confidence interval overlaps the fine range.
 
     Args:
-        kept: Share of the progress kept, of a layer or a run.
-        interval: Its confidence interval, with the chance of stochastic rounding.
+        kept: Share of the progress kept, of a layer or a run; above 1 it moves too far.
+        interval: Its confidence interval, which includes the chance of stochastic rounding.
     """
     low, high = interval
     is_fine = _LIMITS.stores_fine <= kept <= _LIMITS.overshoots
@@ -113,9 +115,10 @@ def may_be_chance(kept: float, interval: Interval) -> bool:
 def find_errors(tally: TwinTally, drawn: int = 0) -> dict[str, float]:
     """Return the standard errors of a twin's figures, by metric; NaN if unknown.
 
-    Stochastic rounding adds its own: each weight is off by a distance of mean 0, independent of the
-    others. Along the way in float32, n elements are together off by drift / √n of that way. While
-    nearly no weight has moved, drift does not tell how far they jump, and the error is unknown.
+    Stochastic rounding adds an error to progress_kept: each weight is off by a random distance of
+    mean 0. For n elements its standard error is drift / √n, where the metric drift is the distance
+    of the weights from those in float32, relative to how far these moved. While nearly no weight
+    has moved, drift cannot tell how far weights jump, and the error is NaN.
 
     Args:
         tally: Summary of the figures.
@@ -138,7 +141,7 @@ def find_twin_intervals(tally: TwinTally, drawn: int = 0) -> dict[str, Interval]
 
     Args:
         tally: Summary of the figures.
-        drawn: As in `find_errors`.
+        drawn: Number of sampled elements that are rounded stochastically; 0 for another rounding.
 
     Returns:
         The lower and the upper end by metric.
@@ -155,7 +158,7 @@ def has_moved(tally: TwinTally) -> bool:
 
 
 def is_stuck(tally: TwinTally) -> bool:
-    """Return True if a layer moved at first, no longer does, and loses by that.
+    """Return True if a layer moved at first, then stopped, and has lost progress since.
 
     False if few elements of the sample carry the progress: that these stand still says little about
     the layer.

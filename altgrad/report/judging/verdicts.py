@@ -183,10 +183,11 @@ class RunAdvice(NamedTuple):
 
     @property
     def evidence(self) -> str:
-        """The outcome of such runs in one phrase, as “8 of 66 such runs lost over 10 %”.
+        """A phrase on real runs with this verdict: “8 of 66 such runs lost over 10 %”.
 
-        Empty without a twin, since no real run is known for a verdict on single steps, and without
-        a verdict.
+        Real runs are trainings that stored their weights as a similar recipe says. Some lost over
+        10 % of the fall in loss. The phrase is empty if the verdict is uncertain or missing, or
+        rests on single steps instead of twins, samples that were stored so.
         """
         if not self.has_twin or self.verdict in (Verdict.UNCERTAIN, Verdict.NOT_JUDGED):
             return ""
@@ -308,7 +309,7 @@ class Assessment:
 
 
 def _rank(advice: Mapping[str, Advice]) -> tuple[float, float]:
-    """Return the rank of a layer: what it keeps now, then the least that it keeps in a recipe."""
+    """Return a key that sorts layers: the share kept now, then the smallest share by a recipe."""
     now = [advice[NOW]] if NOW in advice else []
     return _find_least_kept(now), _find_least_kept(advice.values())
 
