@@ -147,6 +147,7 @@ class Session:
         self._result.note(step, record)
         if self._output is not None:
             self._output.write(step, record, self._monitor.skipped)
+            self._result.path = self._output.path  # a file that was deleted may have a new name
 
     def warn_about_unseen(self) -> None:
         """Warn if no step was observed, or if layers moved and have no observed step."""

@@ -28,7 +28,7 @@ ON_PAGE = page.read_page((Path(__file__).parents[1] / "docs" / "compatibility.md
 
 UNUSUAL = "Steps that the attached optimizer does not make"
 PART = {
-    "Two processes": ("tensor parallel", "FSDP1"),
+    "Two processes": ("tensor parallel", "FSDP1", "FSDP2, Trainer of Hugging Face"),
     "Plain loop, `UpdateMonitor`": ("AdamW", "GradScaler, fused inf", "optimizers in backward"),
     "Adapters": ("`altgrad.watch`", "accelerate, before `prepare`", "Fabric, after `setup`"),
     "Trainer of Lightning": ("automatic", "16-mixed, inf"),

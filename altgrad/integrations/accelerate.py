@@ -15,6 +15,7 @@ from torch import nn
 
 from altgrad.integrations.run_watch import RunWatch, list_optimizers
 from altgrad.monitor.schedule import StepSchedule
+from altgrad.observation.dtensor import is_sharded
 from altgrad.output import WriterLogger
 
 if TYPE_CHECKING:
@@ -57,8 +58,10 @@ def watch(
 
     Raises:
         TypeError: An argument has the wrong type, or the optimizer is unknown.
-        ValueError: An argument is out of range, or the optimizer's steps cannot be observed.
+        ValueError: An argument is out of range, or the optimizer's steps cannot be observed, as
+            before ``prepare`` with FSDP2.
     """
+    _check_prepared(accelerator, model)
     run = RunWatch(
         accelerator.unwrap_model(model),  # under DDP the names would begin with "module."
         folder,
@@ -69,6 +72,16 @@ def watch(
     run.attach(*list_optimizers(optimizer), scaler=accelerator.scaler)
     _save_and_load(accelerator, run)
     return run
+
+
+def _check_prepared(accelerator: Accelerator, model: nn.Module) -> None:
+    """Raise ValueError if `prepare` has yet to shard a module, whose parameters it replaces."""
+    # accelerate has FSDP2 from version 1.6 on.
+    if getattr(accelerator, "is_fsdp2", False) and not any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            "model: expected a module that accelerator.prepare() has sharded, because FSDP2 "
+            "replaces its parameters; call watch after prepare()"
+        )
 
 
 def _save_and_load(accelerator: Accelerator, run: RunWatch) -> None:

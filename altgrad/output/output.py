@@ -272,6 +272,8 @@ class Output:
         assert self._file is not None
         if not self._try(f"the run file {self._file.path}", write):
             self.close()
+        else:
+            self.path = self._file.path  # a file that was deleted may have a new name
 
     # --- the loggers
 

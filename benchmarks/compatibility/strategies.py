@@ -1,7 +1,4 @@
-"""Rows of strategies: two processes that share the data, the parameters, or both.
-
-Figures of sharded parameters are compared with those of one process that replays the whole tensors.
-"""
+"""Rows of strategies: two processes that share the data, the parameters, or both."""
 
 from __future__ import annotations
 
@@ -9,10 +6,10 @@ import atexit
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -20,22 +17,19 @@ from torch.optim import AdamW
 
 import altgrad
 from altgrad import StepRecord, UpdateMonitor
-from benchmarks.compatibility import trainers
+from benchmarks.compatibility import sharded_trainers, trainers
+from benchmarks.compatibility.sharded_trial import SETTINGS, Sharded, try_sharded
 from benchmarks.compatibility.trial import (
     EXACT,
-    LEFT_OUT,
-    REFUSED,
     WRONG,
     Finding,
     RefusedError,
     Row,
     Watched,
-    quiet,
     try_run,
 )
 from tests.distributed import sharded
-from tests.distributed.comparing import differences
-from tests.distributed.sharded import Net, WholeSteps, replayed
+from tests.distributed.sharded import Net, WholeSteps
 from tests.integrations.trainings import train
 from tests.processes import Processes
 from tests.step_truth.lightning_modes import fit
@@ -44,7 +38,6 @@ from tests.step_truth.recording import Journal, Step
 
 RANKS = 2
 STEPS = 3
-SETTINGS: dict[str, Any] = {"max_elements": 300, "recipes": ()}
 
 Make = Callable[[int], nn.Module]
 
@@ -61,16 +54,8 @@ def make_late(_: int) -> nn.Module:
     return Net()
 
 
-class Sharded(NamedTuple):
-    """What a training of a sharded model was: its whole steps, the records, the notices."""
-
-    steps: list[sharded.WholeStep]
-    records: list[StepRecord]
-    notices: list[str]
-
-
 def train_sharded(
-    make: Make, rank: int, *, is_watched: bool, gives_inside: bool = False
+    make: Make, rank: int, is_watched: bool, *, gives_inside: bool = False
 ) -> Sharded:
     """Train with clones of the whole tensors around each step.
 
@@ -110,8 +95,8 @@ def attach(monitor: UpdateMonitor, optimizer: Any) -> None:
         raise RefusedError(str(error)) from error
 
 
-def try_sharded(rank: int, make: Make, **options: Any) -> Finding:
-    """Train on a rank without and with a monitor, and compare with one process.
+def try_module(rank: int, make: Make, **options: Any) -> Finding:
+    """Train a model on a rank in a plain loop.
 
     Args:
         rank: The rank.
@@ -121,36 +106,8 @@ def try_sharded(rank: int, make: Make, **options: Any) -> Finding:
     Returns:
         What came out on this rank.
     """
-    with quiet():
-        plain = train_sharded(make, rank, is_watched=False, **options)
-        try:
-            watched = train_sharded(make, rank, is_watched=True, **options)
-        except RefusedError as error:
-            return Finding(REFUSED, str(error))
-        if not is_same(plain.steps, watched.steps):
-            return Finding(WRONG, "training differs from that without AltGrad")
-        note = " ".join(watched.notices)
-        is_silent = make is make_replicas and rank > 0
-        if not watched.records:
-            silent = Finding(EXACT) if is_silent else Finding(WRONG, "no record")
-            return Finding(LEFT_OUT, note) if note else silent
-        expected = replayed(watched.steps, **SETTINGS).records
-        pairs = zip(watched.records, expected, strict=True)
-        problems = [found for own, other in pairs for found in differences(own, other)]
-    return Finding(WRONG, problems[0]) if problems else Finding(EXACT, note)
-
-
-def is_same(some: list[sharded.WholeStep], others: list[sharded.WholeStep]) -> bool:
-    """Compare steps bit for bit; NaN, which some rows have, equals itself."""
-
-    def equal(a: Tensor, b: Tensor) -> bool:
-        return torch.equal(a.view(torch.int32), b.view(torch.int32))
-
-    return len(some) == len(others) and all(
-        mine.keys() == theirs.keys()
-        and all(equal(a, b) for n in mine for a, b in zip(mine[n], theirs[n], strict=True))
-        for mine, theirs in zip(some, others, strict=True)
-    )
+    train = partial(train_sharded, make, rank, **options)
+    return try_sharded(train, is_silent=make is make_replicas and rank > 0)
 
 
 def run_replicas(design: Any, folder: Path) -> Journal:
@@ -214,9 +171,10 @@ def list_rows() -> list[Row]:
         "DDP, Trainer of Hugging Face": partial(trainers.run_hugging_face, optim="adamw_torch"),
     }
     group = "Two processes"
-    inside = partial(ask_ranks, try_sharded, make_fsdp1, gives_inside=True)
+    inside = partial(ask_ranks, try_module, make_fsdp1, gives_inside=True)
     return [
-        *(Row(group, n, partial(ask_ranks, try_sharded, make)) for n, make in makes.items()),
+        *(Row(group, n, partial(ask_ranks, try_module, make)) for n, make in makes.items()),
         Row(group, "FSDP1, the module inside", inside),
         *(Row(group, n, partial(ask_ranks, try_adapter, run)) for n, run in adapters.items()),
+        *(Row(group, n, partial(ask_ranks, way)) for n, way in sharded_trainers.WAYS.items()),
     ]

@@ -38,14 +38,20 @@ def run_loop(design: Any, folder: Path) -> Journal:
     return journal
 
 
+def reset_accelerate() -> None:
+    """Reset the states that all Accelerators of a process share."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    # No public name resets them.
+    AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
+    GradientState._reset_state()  # noqa: SLF001
+
+
 def run_accelerate(design: Any, folder: Path, *, is_first: bool) -> Journal:
     """Train by accelerate; watch before `prepare` if `is_first`, and after it otherwise."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
 
-    # All Accelerators of a process share states, and no public name resets them.
-    AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
-    GradientState._reset_state()  # noqa: SLF001
+    reset_accelerate()
     accelerator = Accelerator(cpu=True)
     model, journal, optimizer = make_training()
     given = model, optimizer

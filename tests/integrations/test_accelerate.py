@@ -215,6 +215,14 @@ def test_a_run_goes_back_to_its_checkpoint_until_it_is_closed(tmp_path: Path) ->
     accelerator.load_state(tmp_path / "saved")  # such as the best checkpoint at the end
 
 
+def test_a_model_that_fsdp2_has_yet_to_shard_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    """Whole trainings under FSDP2 are rows of the compatibility page."""
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(Accelerator, "is_fsdp2", True)
+    with pytest.raises(ValueError, match=r"FSDP2 replaces .* call watch after prepare\(\)"):
+        watch(accelerator, *make_training(), tmp_path)
+
+
 # --- several processes
 
 

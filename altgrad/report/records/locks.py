@@ -3,7 +3,7 @@
 The lock is a file beside the run file, and is deleted when the writer closes the run file. A
 process that dies loses its lock.
 
-The module `writing` comes next.
+The module `file_names` comes next.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class WriterLock:
     def __init__(self, lock: BaseFileLock) -> None:
         self._lock = lock
         self._process = os.getpid()
+        self._file = _find_file(lock)
 
     def release(self) -> None:
         """Release the lock, so that another writer can take it, and delete the lock's file."""
@@ -37,9 +38,11 @@ class WriterLock:
             return
         if not isinstance(self._lock, SoftFileLock):  # which deletes its file itself
             # Deleted while the lock is held: a writer that has opened the file meanwhile sees that
-            # the file has no name any more, and makes a new one. Windows refuses.
+            # the file has no name any more, and makes a new one. Windows refuses. If the folder was
+            # deleted meanwhile, the file may be that of another writer.
             with suppress(OSError):
-                Path(self._lock.lock_file).unlink()
+                if _find_file(self._lock) == self._file:
+                    Path(self._lock.lock_file).unlink()
         self._lock.release()
 
 
@@ -75,6 +78,14 @@ def take_lock(path: Path) -> WriterLock | None:
     # The first attempt may do no more than delete the file of a process that has ended.
     is_held = _try_to_acquire(lock) or _try_to_acquire(lock)
     return WriterLock(lock) if is_held else None
+
+
+def _find_file(lock: BaseFileLock) -> tuple[int, int] | None:
+    """Return the numbers of the device and of the lock's file; None if it is missing."""
+    with suppress(OSError):
+        found = Path(lock.lock_file).stat()
+        return found.st_dev, found.st_ino
+    return None
 
 
 def _try_to_acquire(lock: BaseFileLock) -> bool:

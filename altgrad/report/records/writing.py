@@ -2,7 +2,7 @@
 
 A run file stays readable if the process is killed or the disk is full: whole lines are appended
 without a buffer, and a failed write is undone. A lock of the module `locks` gives a run file one
-writer at a time.
+writer at a time. A file that is deleted in mid-run is written anew: see `file_names`.
 
 Read `RunFile.create`, `RunFile.append`, then `RunFile.resume`. The module `reading` comes next.
 """
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from altgrad._version import __version__
 from altgrad.measurement.histogram import Histogram
 from altgrad.report.records.fields import HISTOGRAM, LARGEST
+from altgrad.report.records.file_names import has_name, is_deleted, map_content
 from altgrad.report.records.kinds import FieldError
 from altgrad.report.records.lines import format_lines
 from altgrad.report.records.locks import WriterLock, take_lock
@@ -46,12 +47,19 @@ class RunFile:
     most the line that was being written. No other writer gets the file until `close`, or until
     nothing refers to this object any more.
 
+    If the file is deleted or replaced meanwhile, the next line brings all lines back: into a file
+    of the same name, or the next free name if another file has it. If it is moved, lines go on in
+    the moved file. Either gives a warning, once.
+
     Attributes:
         path: Path of the file.
     """
 
     def __init__(self, path: Path, lock: WriterLock) -> None:
-        self.path = path
+        self._has_warned = False  # of a file that lost its name
+        self._open(path, lock)
+
+    def _open(self, path: Path, lock: WriterLock) -> None:
         try:
             # Mode a (O_APPEND): even a writer without the lock could not overwrite lines.
             self._file: BinaryIO = path.open("a+b", buffering=0)
@@ -59,7 +67,11 @@ class RunFile:
             lock.release()
             raise
         # If nobody closes, as where a training raises: when the object or the process ends.
+        self.path, self._lock = path, lock
+        self._place = path.absolute()  # the current folder may change
         self._finish = weakref.finalize(self, _close, self._file, lock)
+        # A file system without lasting numbers of files cannot tell whether a file is deleted.
+        self._is_tracked = has_name(self._file, self._place)
 
     @classmethod
     def create(
@@ -102,7 +114,6 @@ class RunFile:
             predecessor=predecessor,
         )
         line = _format_line(header.as_json())  # an error here must leave no empty file
-        folder.mkdir(parents=True, exist_ok=True)
         return cls(*_claim_first_free(folder, _encode(line)))
 
     @classmethod
@@ -257,6 +268,32 @@ class RunFile:
         self._file.truncate(end)
 
     def _write(self, text: str) -> None:
+        notice = None
+        if self._is_tracked and not has_name(self._file, self._place):
+            notice = self._find_new_place()
+        self._write_lines(text)
+        if notice is not None and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(f"RunFile: {notice}", stacklevel=2)
+
+    def _find_new_place(self) -> str:
+        """Write all lines into a new file if the file is deleted; return a notice."""
+        before = self.path
+        if not is_deleted(self._file, self._place):
+            return (
+                f"{before} was moved while it is being written. Lines go on in the moved file; "
+                "give its new path to altgrad report."
+            )
+        content, finish = map_content(self._file), self._finish
+        self._lock.release()  # or the name would not be free
+        self._open(*_claim_first_free(self._place.parent, content))
+        finish()
+        return (
+            f"{before} was deleted or replaced while it is being written. All its lines are in "
+            f"{self.path} now; keep the file until the run has ended."
+        )
+
+    def _write_lines(self, text: str) -> None:
         start = self._file.seek(0, os.SEEK_END)
         try:
             _write_all(self._file, _encode(text))
@@ -318,6 +355,7 @@ def _check_histogram(name: str, histogram: Histogram) -> None:
 
 def _claim_first_free(folder: Path, content: memoryview) -> tuple[Path, WriterLock]:
     """Create a run file with the first free name in a folder, and return its path and lock."""
+    folder.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         path = folder / ("altgrad.jsonl" if number == 1 else f"altgrad-{number}.jsonl")
         if os.path.lexists(path) or (lock := take_lock(path)) is None:
