@@ -11,7 +11,6 @@ groups of cards: see `tensorboard`, which is the next file.
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import re
@@ -26,18 +25,17 @@ from altgrad.output.summary_writer import WriterLogger
 from altgrad.output.tensorboard import HEADLINE_GROUP, TensorBoardRuns, find_tag, make_layout
 from altgrad.report import (
     list_actions,
-    png,
     rank_layers,
     write_answer,
     write_sentence,
     write_verdicts,
     write_word,
 )
+from altgrad.report.canvas import draw_pixels
 
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
-    from PIL.Image import Image
 
     from altgrad.report import Advice, Assessment, Header, RunAdvice
 
@@ -166,14 +164,11 @@ def log_pictures(loggers: Iterable[Any], step: int, figures: Mapping[str, Figure
         figures: Figures by key.
     """
     able = [logger for logger in loggers if can_show([logger])]
-    images = {key: _render(figure) for key, figure in figures.items()} if able else {}
+    images = {key: draw_pixels(figure) for key, figure in figures.items()} if able else {}
     for logger in able if images else ():
         if _is_tensorboard(logger):
-            import numpy as np
-
             for key, image in images.items():
-                pixels = np.asarray(image)
-                logger.experiment.add_image(find_tag(key), pixels, step, dataformats="HWC")
+                logger.experiment.add_image(find_tag(key), image, step, dataformats="HWC")
         else:
             from wandb import Image as Picture
 
@@ -334,12 +329,6 @@ def _convert_for_numpy(histogram: Histogram) -> tuple[np.ndarray, np.ndarray]:
 
     first, counts = histogram
     return np.array(counts), first + np.arange(len(counts) + 1)
-
-
-def _render(figure: Figure) -> Image:
-    from PIL import Image
-
-    return Image.open(io.BytesIO(png(figure))).convert("RGB")
 
 
 # --- the verdict

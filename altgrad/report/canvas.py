@@ -3,8 +3,8 @@
 Figures are made without pyplot, which keeps global state and may open windows. All figures have
 matplotlib's default style, even if the user has set another style.
 
-Read `new_figure`, `finish_figure`, `png` and `svg`; `drawings` comes next and draws on these
-figures.
+Read `new_figure`, `finish_figure`, `png`, `draw_pixels` and `svg`; `drawings` comes next and draws
+on these figures.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 from altgrad.report.names import replace_unprintable_in_lines
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -126,6 +127,26 @@ def png(figure: Figure, dpi: int = 110) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=dpi)
     return file.getvalue()
+
+
+@in_default_style
+def draw_pixels(figure: Figure, dpi: int = 110) -> np.ndarray:
+    """Draw a figure, and return the pixels that its PNG has, without the time to encode one.
+
+    Args:
+        figure: The figure.
+        dpi: Pixels per inch.
+
+    Returns:
+        Red, green and blue of each pixel, uint8 (height, width, 3).
+    """
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    return np.array(canvas.buffer_rgba())[..., :3]  # type: ignore[no-untyped-call]
 
 
 @in_default_style

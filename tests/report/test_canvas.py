@@ -7,17 +7,20 @@ import sys
 import xml.etree.ElementTree as ET
 
 import matplotlib as mpl
+import numpy as np
 import pytest
 from PIL import Image
 
 from altgrad.report import png, svg
 from altgrad.report.canvas import (
+    draw_pixels,
     finish_empty_figure,
     finish_figure,
     in_default_style,
     new_figure,
     new_panels,
 )
+from altgrad.report.drawings import heat_map
 from tests.report.pictures import draw_all
 
 
@@ -84,6 +87,12 @@ def test_a_new_figure_has_the_given_size_and_proportions() -> None:
     assert below.height == pytest.approx(3 * top.height, rel=0.01)
     axes[1].set_xlim(2, 3)
     assert axes[0].get_xlim() == (2, 3)
+
+
+def test_pixels_are_those_of_the_png() -> None:
+    drawn = draw_pixels(heat_map({"a": {0: 0.5, 1: 1.0}}, title="map"))
+    encoded = Image.open(io.BytesIO(png(heat_map({"a": {0: 0.5, 1: 1.0}}, title="map"))))
+    assert (drawn == np.asarray(encoded.convert("RGB"))).all()
 
 
 def test_a_finished_figure_shows_its_texts_literally() -> None:
