@@ -169,7 +169,10 @@ class TwinFigures(Mapping[str, float]):
 
     @property
     def keys_in_order(self) -> tuple[str, ...]:
-        """The keys of all figures (values of metrics): ``metric/recipe``, recipe by recipe."""
+        """The keys of all figures (values of metrics): ``metric/recipe``, recipe by recipe.
+
+        A *recipe* says how weights and optimizer states are stored.
+        """
         return twin_keys(self.recipes, self._states)
 
     @property

@@ -41,7 +41,7 @@ _CLOSE = 0.1
 Samples of 256 elements alone make shares differ by 0.05.
 """
 _SECOND_MOMENT = "exp_avg_sq"
-"""State whose ratio is shown if the optimizer has it: in bf16 it cannot fall."""
+"""The optimizer state that is compared if both runs have it, since in bf16 it often cannot fall."""
 
 
 _SHORT = {"frozen_frac": "frozen", "progress_kept": "kept"}
@@ -165,7 +165,10 @@ class Confirmation:
 
     @property
     def heading(self) -> str:
-        """The line above a table: the recipe, what stands beside what, and the step."""
+        """The line above a table: the recipe, what stands beside what, and the step.
+
+        A *recipe* says how weights and optimizer states are stored.
+        """
         steps = {layer.step for layer in self.layers}
         when = f"at step {max(steps):,}" if steps else "at no step that both observed"
         return f"{self.recipe}: what A predicts, and what really happens in B, {when}"
