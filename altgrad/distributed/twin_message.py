@@ -72,8 +72,10 @@ class TwinPlan(NamedTuple):
     def columns(self) -> int:
         """The number of sums of a layer under one recipe.
 
-        In order: how many ranks miss a part of the sample, the numbers of sampled elements and
-        blocks, the sums of `TwinColumns`, and for each state the counts of its ratios.
+        A *recipe* says how weights and optimizer states are stored; it is tried on a sample of each
+        layer. The sums of a layer are, in order: the number of ranks that miss a part of the
+        sample; the number of sampled elements; the number of blocks in which they were drawn; the
+        sums of `TwinColumns`; and for each optimizer state a histogram of its ratio to float32.
         """
         return _HEADER + self.plain + MOST_STATES * count_numbers(self.most_elements)
 

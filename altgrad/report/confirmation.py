@@ -326,7 +326,7 @@ def explain_metric(metric: str) -> str:
 
 
 def _group_rows(run: Run, recipe: str) -> dict[str | None, dict[int, Row]]:
-    """Return the rows of a run that have figures of a recipe, by layer and by step."""
+    """Return the rows with figures of a recipe, by name of the layer (None: model) and by step."""
     found: dict[str | None, dict[int, Row]] = {}
     keys = [f"{metric}/{recipe}" for metric in SHARES]
     for row in run.rows:
@@ -336,12 +336,12 @@ def _group_rows(run: Run, recipe: str) -> dict[str | None, dict[int, Row]]:
 
 
 def _has_value(row: Row, recipe: str) -> bool:
-    """Return True if a share of a recipe has a value in a row, and is not NaN."""
+    """Return True if a row has `frozen_frac` or `progress_kept` of a recipe, other than NaN."""
     return any(not math.isnan(row.figures.get(f"{metric}/{recipe}", math.nan)) for metric in SHARES)
 
 
 def _list_ratios(run: Run, recipe: str) -> list[str]:
-    """Return the metrics of a recipe that are ratios of optimizer states, in order."""
+    """Return the metrics ``{state}_ratio`` that a run has for a recipe, in order of the file."""
     keys = dict.fromkeys(key for row in run.rows for key in row.figures)
     parts = (key.partition("/") for key in keys)
     return [metric for metric, _, name in parts if name == recipe and metric.endswith("_ratio")]
