@@ -57,7 +57,10 @@ class TwinPlan(NamedTuple):
 
     @property
     def max_count(self) -> int:
-        """The number of maxima of a layer: 1, the result of its self-check; 0 without recipes."""
+        """The number of maxima of a layer: 1, the result of its self-check; 0 without recipes.
+
+        A *recipe* says how weights and optimizer states are stored.
+        """
         return 1 if self.recipes else 0
 
     @property
@@ -69,8 +72,10 @@ class TwinPlan(NamedTuple):
     def columns(self) -> int:
         """The number of sums of a layer under one recipe.
 
-        In order: how many ranks miss a part of the sample, the numbers of sampled elements and
-        blocks, the sums of `TwinColumns`, and for each state the counts of its ratios.
+        A *recipe* says how weights and optimizer states are stored; it is tried on a sample of each
+        layer. The sums of a layer are, in order: the number of ranks that miss a part of the
+        sample; the number of sampled elements; the number of blocks in which they were drawn; the
+        sums of `TwinColumns`; and for each optimizer state a histogram of its ratio to float32.
         """
         return _HEADER + self.plain + MOST_STATES * count_numbers(self.most_elements)
 
@@ -103,6 +108,8 @@ class TwinMessage:
 
     def pack(self, share: TwinShare, rows: Mapping[str, int]) -> None:
         """Write the sums of this rank's twins to the arrays.
+
+        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
 
         Args:
             share: The sums of this rank. Layers that have no row are left out.
@@ -171,6 +178,8 @@ class TwinMessage:
 
     def unpack(self, layers: Mapping[str, int], populations: Mapping[str, int]) -> TwinShare:
         """Read the sums of all ranks' twins from the arrays, once the caller reduced them.
+
+        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
 
         Args:
             layers: The row of each layer that the optimizer stepped.

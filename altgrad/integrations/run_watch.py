@@ -383,7 +383,7 @@ class RunWatch:
         return self
 
     def flush(self) -> None:
-        """Write the record of the last step now, and not before the next step begins."""
+        """Write the record of the last step now, instead of when the next step begins."""
         with self._lock:
             if not self._records:
                 return

@@ -45,6 +45,8 @@ def _by_name(*metrics: Metric) -> Mapping[str, Metric]:
 NOW = "now"
 """The name of the training itself among the recipes, as in the key ``frozen_frac/now``.
 
+A *recipe* says how weights and optimizer states are stored.
+
 It has figures under this name if its weights have 16 bits, or a `WeightStorage` rounds them.
 """
 

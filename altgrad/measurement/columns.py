@@ -107,10 +107,10 @@ LAYER_ESTIMATES, FORMAT_ESTIMATES = (
 Each is a ratio Σ a / Σ b over elements, see `metrics.Estimate`.
 """
 PRODUCTS = ("aa", "ab", "bb")
-"""Names of the sums Σ A², Σ A · B and Σ B² of an estimate Σ a / Σ b, over clusters of elements.
+"""Names of three sums, from which the standard error of a ratio Σ a / Σ b over elements follows.
 
-A and B are the sums of a and b over one cluster. Elements of a sample form clusters if they were
-drawn in blocks of neighbours, which may be alike.
+The elements of a sample form clusters if they were drawn in blocks of neighbours. A and B are the
+sums of a and b over one cluster, and the three sums over all clusters are Σ A², Σ A · B and Σ B².
 """
 
 

@@ -102,8 +102,12 @@ def standard_errors(
 ) -> Numbers:
     """Return the standard errors of ratios Σ a / Σ b that are estimated from samples of layers.
 
+    Each element has an a and a b. For ``stall_frac``, a is 1 if the element's update stalled, and
+    b is 1 if the update is other than 0. A unit is an element, or a cluster of neighbours that were
+    drawn together.
+
     Args:
-        sums: Results of `estimate_sums` for all estimates side by side, (rows, keys) each.
+        sums: Results of `estimate_sums` for all ratios side by side, (rows, keys) each.
         counted: For each layer or model its number of elements, its number of measured elements,
             and the number of clusters of these, 0 without clusters, float64 (rows, 3).
         members: For each row of a model, the rows of the layers that form the model.

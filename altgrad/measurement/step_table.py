@@ -202,7 +202,7 @@ class StepTable:
 
     @functools.cached_property
     def counted(self) -> list[list[int]]:
-        """The number of elements of each layer or model, and of those that are measured."""
+        """The number of elements, and the number of measured elements, of each layer or model."""
         pairs = self.vectors[:, [POPULATION, ELEMENTS]].tolist()
         counted = [[round(population), round(elements)] for population, elements in pairs]
         # A model's sums are weighted to stand for all elements, so that both of its columns have

@@ -169,7 +169,10 @@ class TwinFigures(Mapping[str, float]):
 
     @property
     def keys_in_order(self) -> tuple[str, ...]:
-        """The keys of all figures (values of metrics): ``metric/recipe``, recipe by recipe."""
+        """The keys of all figures (values of metrics): ``metric/recipe``, recipe by recipe.
+
+        A *recipe* says how weights and optimizer states are stored.
+        """
         return twin_keys(self.recipes, self._states)
 
     @property
@@ -383,7 +386,15 @@ def _stack(
 
 @lru_cache(maxsize=64)
 def _choose_columns(states: tuple[str, ...], all_states: tuple[str, ...]) -> Mapping[str, int]:
-    """Return the position of each metric of some states in a row of a table with all states."""
+    """Return by metric its column in a `TwinTable`, for a layer that lacks some optimizer states.
+
+    Args:
+        states: Names of the states that the layer has.
+        all_states: Names of the states that the table has.
+
+    Returns:
+        The columns of the metrics of `states`, and of the metrics that need no state.
+    """
     columns = {name: column for column, name in enumerate(twin_metrics(all_states))}
     return {name: columns[name] for name in twin_metrics(states)}
 

@@ -80,7 +80,10 @@ class TwinColumns:
 
     @cached_property
     def ratios(self) -> tuple[str, ...]:
-        """The names of a twin's metrics that are ratios Σ a / Σ b over its elements."""
+        """The names of a twin's metrics that are ratios Σ a / Σ b over its elements.
+
+        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
+        """
         each = (f"{state}_{end}" for state in self.states for end in ("error", "zero_frac"))
         return (*RATIOS, *each)
 

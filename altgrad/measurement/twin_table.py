@@ -116,7 +116,10 @@ class TwinTable:
 
     @cached_property
     def figures(self) -> list[list[float]]:
-        """The values of all metrics by row, a layer or model with a recipe, as in `columns`."""
+        """The values of all metrics by row, a layer or model with a recipe, as in `columns`.
+
+        A *recipe* says how weights and optimizer states are stored.
+        """
         sums, medians = self._split()
         with quiet():
             ratios = sums[:, :, 0] / sums[:, :, 1]
@@ -131,6 +134,8 @@ class TwinTable:
     @cached_property
     def errors(self) -> list[list[float]]:
         """The standard errors of metrics by row (layer or model with a recipe); NaN where missing.
+
+        A *recipe* says how weights and optimizer states are stored.
 
         The errors are in the order of `columns`.
         """

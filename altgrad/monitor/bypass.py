@@ -393,7 +393,7 @@ def _explain_changed(
 def _group_by_optimizer(
     attached: Sequence[StepHooks[Any]], layers: Mapping[str, Tensor]
 ) -> dict[str, list[str]]:
-    """Return the names of layers by the class of an optimizer that has them and is not attached."""
+    """Return the names of layers that unattached optimizers have, by class of the optimizer."""
     names = [*layers]
     optimizers = [each.optimizer for each in attached if each.optimizer is not None]
     kinds = find_other_optimizers([*layers.values()], optimizers)

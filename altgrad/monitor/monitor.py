@@ -547,6 +547,8 @@ class UpdateMonitor:
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs: moved elements, scales, intervals, twins.
 
+        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
+
         If parameters are sharded, all ranks have to call this method, and wait for each other. A
         rank that calls it alone warns and stops observing.
 
@@ -762,7 +764,7 @@ class UpdateMonitor:
         self._policy.mark_end(steps.leader, steps.index)
 
     def _show(self, optimizer: Optimizer, record: StepRecord) -> None:
-        """Note the record of a training step, and pass it to `on_record`."""
+        """Store the record of a training step as the latest, and pass it to `on_record`."""
         self._note(optimizer, record)
         if self._on_record is not None:
             with self._peers.hold_errors():

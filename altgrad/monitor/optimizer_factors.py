@@ -59,7 +59,10 @@ class Factor(NamedTuple):
 
     @property
     def unchanged(self) -> Extent | None:
-        """The numbers whose product with the factor is rounded back to them; None if all move."""
+        """How many numbers stay as they are when they are multiplied by the factor and rounded.
+
+        ``"all"``, ``"some"``, or None if all numbers change.
+        """
         extent = find_unchanged(self.change, self.format.mantissa_bits)
         # The number below 1 is half a spacing away, and moves all numbers.
         return None if self.is_rounded and extent == "some" else extent

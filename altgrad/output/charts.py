@@ -47,7 +47,10 @@ PER_LAYER_AND_RECIPE = ("progress_kept", "frozen_frac")
 A recipe says how weights are stored, and is tried on a sample of the layer, its twin.
 """
 WITHOUT_CHART = frozenset({"moved_rms"})
-"""Metrics of the model's twins without a chart: they say the same under every recipe."""
+"""Metrics of the model's twins without a chart: they say the same under every recipe.
+
+A *twin* is a sample of the layers that is stored and stepped as a recipe says.
+"""
 # If it is not known in 20 rows what a layer keeps, the layers are chosen without that.
 _MAX_WAITING_ROWS = 20
 _NOW = f"progress_kept/{NOW}"  # of the run itself, if its weights are stored low
@@ -274,8 +277,8 @@ class Charts:
     def _chart_later(self, layers: Mapping[str, Figures]) -> None:
         """Choose the layers to chart among those that appear for the first time.
 
-        They are chosen by the patterns, or are those that keep least. With a
-        number of layers to chart, at most as many join over the whole run.
+        They are chosen by the user's patterns, or else are those that keep least of their progress.
+        If the user gave a number of layers, at most as many are added over the whole run.
         """
         assert self.charted is not None
         later = {

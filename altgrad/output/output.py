@@ -118,7 +118,10 @@ class Output:
         self._drawn_step = self._last_step
 
     def assess(self) -> Assessment:
-        """Return the verdicts so far, on the run and its layers, by recipe."""
+        """Return the verdicts so far on the run and on its layers, for each recipe.
+
+        A *recipe* says how weights and optimizer states are stored.
+        """
         return self._judge.assessment()
 
     def write(self, step: int, record: StepRecord, skipped: Mapping[SkipReason, int]) -> None:
@@ -175,7 +178,10 @@ class Output:
         self.close()
 
     def close(self) -> None:
-        """Close the run file, and the runs of formats and recipes in TensorBoard."""
+        """Close the run file, and the runs of formats and recipes in TensorBoard.
+
+        A *recipe* says how weights and optimizer states are stored.
+        """
         self._try_loggers(boards.close_runs)
         file, self._file = self._file, None
         if file is not None:

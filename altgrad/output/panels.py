@@ -16,7 +16,10 @@ PANELS = ("progress_kept", "frozen_layers")
 """Metrics with a panel in which each recipe, a way to store weights, has a line."""
 
 Lines = dict[str, tuple[list[int], list[float]]]
-"""Steps and values of each line, by name of the recipe."""
+"""Steps and values of each line, by name of the recipe.
+
+A *recipe* says how weights and optimizer states are stored.
+"""
 
 
 class Panels:

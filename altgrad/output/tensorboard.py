@@ -1,5 +1,7 @@
 """`TensorBoardRuns`: log rows to TensorBoard, in groups of cards, with one colour per recipe.
 
+A *recipe* says how weights and optimizer states are stored.
+
 TensorBoard opens on a page that groups cards by the first part of a tag, sorts groups and cards by
 name, and colours lines by run. A tag is therefore ``{group}/{metric}[/{layer}]``, and each format
 and recipe writes to a run of its own, in the folder ``altgrad/{name}`` of the user's run: a card
@@ -26,7 +28,7 @@ LAYERS_GROUP = "3-AltGrad-layers"
 MAPS_GROUP = "4-AltGrad-maps"
 RANGES_GROUP = "5-AltGrad-ranges"
 STEPS_GROUP = "6-AltGrad-steps"
-"""Groups of cards in their order; the digits sort them, and put them before other groups."""
+"""The groups of cards in TensorBoard, which sorts them by name: digits come before letters."""
 # tensorboardX replaces other characters in tags than these and "-", "/", ".":
 # https://github.com/lanpa/tensorboardX/blob/master/tensorboardX/summary.py, _clean_tag
 _PLAIN = re.compile(r"[^\w.+-]")
@@ -58,7 +60,10 @@ class TensorBoardRuns:
         return type(self._logger).__name__
 
     def log_row(self, row: Row) -> None:
-        """Write the numbers of a step, each to the run of its format or recipe."""
+        """Write the numbers of a step, each to the run of its format or recipe.
+
+        A *recipe* says how weights and optimizer states are stored.
+        """
         own: dict[str, float] = {}
         for tag, name, value in _list_tags(row):
             writer = None if name in ("", NOW) else self._find_writer(name)
@@ -69,7 +74,10 @@ class TensorBoardRuns:
         self._logger.log_metrics(own, step=row.step)
 
     def close(self) -> None:
-        """Close the runs of formats and recipes, and leave that of the user open."""
+        """Close the runs of formats and recipes, and leave that of the user open.
+
+        A *recipe* says how weights and optimizer states are stored.
+        """
         _close(self._writers)
         self._writers.clear()
 

@@ -52,6 +52,8 @@ BNB = Library("bitsandbytes", "bitsandbytes.optim", ("AdamW8bit",))
 def import_library(recipe: str) -> None:
     """Import the library with which a recipe of `LIBRARY_RECIPES` steps.
 
+    A *recipe* says how weights and optimizer states are stored.
+
     Args:
         recipe: Name of the recipe.
 
@@ -263,4 +265,7 @@ LIBRARY_RECIPES: Mapping[str, Recipe] = {
         ),
     )
 }
-"""The recipes by name. None of their libraries is imported yet."""
+"""The recipes by name. None of their libraries is imported yet.
+
+A *recipe* says how weights and optimizer states are stored.
+"""

@@ -201,6 +201,8 @@ class Recipe:
     def needs_blocks(self) -> int | None:
         """The least common multiple of the recipe's block sizes, in elements; None without blocks.
 
+        A *recipe* says how weights and optimizer states are stored.
+
         A block is the neighbouring elements that share a scale in a `BlockFormat` of weights or
         states.
         """

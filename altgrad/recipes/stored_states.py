@@ -119,6 +119,8 @@ class StoredStates:
 class UnmatchedNames:
     """A record of the state names in a recipe that no optimizer has had yet.
 
+    A *recipe* says how weights and optimizer states are stored.
+
     Args:
         names: The names of states in the recipe. ``"*"`` is ignored, since it may match nothing.
         optimizers: The optimizers that the recipe is attached to.

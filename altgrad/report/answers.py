@@ -92,7 +92,10 @@ class RunRow(NamedTuple):
 
 
 def list_rows(runs: Mapping[str, RunAdvice]) -> list[RunRow]:
-    """Return the table of recipes: a row of texts for each verdict on the run."""
+    """Return the table of recipes: a row of texts for each verdict on the run.
+
+    A *recipe* says how weights and optimizer states are stored.
+    """
     return [_make_row(each) for each in runs.values()]
 
 
@@ -282,7 +285,7 @@ def is_low(layers: Mapping[str, LayerInfo], runs: Mapping[str, RunAdvice]) -> bo
 
     Args:
         layers: The observed layers, by name.
-        runs: Verdicts on the run, by recipe; ``now`` is that of a run that is stored low.
+        runs: Verdicts on the run, by recipe; ``now`` is there if the run is stored below float32.
     """
     return NOW in runs or any(_is_low_dtype(layer.dtype) for layer in layers.values())
 
@@ -303,6 +306,8 @@ def _list_dtypes(dtypes: Counter[str]) -> str:
 
 def list_actions(runs: Mapping[str, RunAdvice]) -> list[str]:
     """Return what to do about the recipes that are not fine, a line for each group of recipes.
+
+    A *recipe* says how weights and optimizer states are stored.
 
     Recipes with the same layers and the same remedy share a line. There are at most five lines.
     """

@@ -134,7 +134,7 @@ def _loses_updates(advice: Advice) -> bool:
 
 
 def _join_lines(run: Run, *lines: str) -> str:
-    """Return lines of code, and behind them the one that attaches the storage."""
+    """Return lines of code as text, and after them the line that attaches the `WeightStorage`."""
     optimizers = name_optimizers(list_makers(run))
     return "\n".join([*lines, f"storage.attach({optimizers}, module=model)  # before the monitor"])
 

@@ -56,7 +56,10 @@ STEP_MEANINGS = {
     Verdict.FROZEN: f"at least {100 * _STEP_LIMITS.frozen:g} % of the weights with updates would "
     "never have moved",
 }
-"""Meaning of those verdicts that have other thresholds without a twin, judged step by step."""
+"""Meaning of the verdicts whose thresholds differ if there is no twin, but only single steps.
+
+A *twin* is a sample of the layers that is stored and stepped as a recipe says.
+"""
 STEP_MARK = "*"
 """Mark behind a share of single updates."""
 
@@ -201,6 +204,8 @@ def _find_short_marks(advice: Advice) -> str:
 
 def cell_text(advice: Advice | None) -> str:
     """Return the text of a table's cell for a layer in a recipe, such as ``fine 0.99``.
+
+    A *recipe* says how weights and optimizer states are stored.
 
     The text is empty if `advice` is None. Otherwise it has the verdict in one word, the share of
     the progress that is kept, and the mark of `find_mark`. A ``*`` follows a share of single

@@ -76,9 +76,9 @@ class Condition:
         return self._explain(problems)
 
     def _find_recipes(self, report: RunReport) -> list[str]:
-        """Return the names of the recipes that the condition is about.
+        """Return the names of the recipes that match the condition's name or pattern.
 
-        There are none if it is about what a run in float32 loses now, which is nothing.
+        There is none for ``now`` in a run in float32, which loses nothing as it is stored.
 
         Raises:
             ValueError: The run has no such recipe.
@@ -94,7 +94,7 @@ class Condition:
         )
 
     def _find_problem(self, advice: RunAdvice) -> str:
-        """Return how the condition holds in a recipe that was judged; empty if it does not."""
+        """Return a phrase on how the condition holds for a verdict; empty if it does not hold."""
         if problem := _TESTS[self.kind](advice, self.limit):
             return problem
         is_unsure = advice.verdict is Verdict.UNCERTAIN

@@ -41,7 +41,7 @@ _CLOSE = 0.1
 Samples of 256 elements alone make shares differ by 0.05.
 """
 _SECOND_MOMENT = "exp_avg_sq"
-"""State whose ratio is shown if the optimizer has it: in bf16 it cannot fall."""
+"""The optimizer state that is compared if both runs have it, since in bf16 it often cannot fall."""
 
 
 _SHORT = {"frozen_frac": "frozen", "progress_kept": "kept"}
@@ -165,7 +165,10 @@ class Confirmation:
 
     @property
     def heading(self) -> str:
-        """The line above a table: the recipe, what stands beside what, and the step."""
+        """The line above a table: the recipe, what stands beside what, and the step.
+
+        A *recipe* says how weights and optimizer states are stored.
+        """
         steps = {layer.step for layer in self.layers}
         when = f"at step {max(steps):,}" if steps else "at no step that both observed"
         return f"{self.recipe}: what A predicts, and what really happens in B, {when}"
@@ -323,7 +326,7 @@ def explain_metric(metric: str) -> str:
 
 
 def _group_rows(run: Run, recipe: str) -> dict[str | None, dict[int, Row]]:
-    """Return the rows of a run that have figures of a recipe, by layer and by step."""
+    """Return the rows with figures of a recipe, by name of the layer (None: model) and by step."""
     found: dict[str | None, dict[int, Row]] = {}
     keys = [f"{metric}/{recipe}" for metric in SHARES]
     for row in run.rows:
@@ -333,12 +336,12 @@ def _group_rows(run: Run, recipe: str) -> dict[str | None, dict[int, Row]]:
 
 
 def _has_value(row: Row, recipe: str) -> bool:
-    """Return True if a share of a recipe has a value in a row, and is not NaN."""
+    """Return True if a row has `frozen_frac` or `progress_kept` of a recipe, other than NaN."""
     return any(not math.isnan(row.figures.get(f"{metric}/{recipe}", math.nan)) for metric in SHARES)
 
 
 def _list_ratios(run: Run, recipe: str) -> list[str]:
-    """Return the metrics of a recipe that are ratios of optimizer states, in order."""
+    """Return the metrics ``{state}_ratio`` that a run has for a recipe, in order of the file."""
     keys = dict.fromkeys(key for row in run.rows for key in row.figures)
     parts = (key.partition("/") for key in keys)
     return [metric for metric, _, name in parts if name == recipe and metric.endswith("_ratio")]

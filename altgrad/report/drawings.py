@@ -126,10 +126,12 @@ def kept_map(
 ) -> Figure:
     """Draw how much of the progress each recipe keeps, as a map of layers by recipes.
 
+    A *recipe* says how weights and optimizer states are stored.
+
     Args:
         kept: By layer and recipe the progress_kept: 1 if all of the progress is kept, 0 if nothing.
-            A layer may lack a recipe. Layers with a word count as the worst, and then those that
-            keep least: under the recipe ``now`` if they have it, and otherwise on average.
+            A layer may lack a recipe. Layers with a word count as the worst, and then those with
+            the smallest share: that of the run itself, ``now``, if known, or else the mean.
         words: By layer and recipe, a word for the cell in place of the number, such as ``frozen``.
             Most cells have none.
         title: Heading.

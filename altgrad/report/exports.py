@@ -30,7 +30,7 @@ JSON_SCHEMA = 1
 """Version of the keys of the JSON: the value of ``"schema"``. New keys do not change it."""
 
 _METRICS = (*TWIN_METRICS, *STEP_METRICS)
-"""Metrics on which verdicts rest: those of twins, then those of single steps."""
+"""Metrics on which verdicts rest: those of twins (stored samples), then those of single steps."""
 _LAYER_SHARES = ("unmoved_frac", "nonfinite_frac")
 """Metrics of the layer itself, the same for all recipes: the mean and the largest share."""
 
@@ -101,6 +101,8 @@ def count_verdicts(assessment: Assessment) -> dict[str, dict[str, int]]:
 
 def as_csv(report: RunReport) -> str:
     """Return the verdicts as CSV, one line for each layer and recipe; NaN is an empty cell.
+
+    A *recipe* says how weights and optimizer states are stored.
 
     A text that a spreadsheet would read as a formula, such as a layer named ``=cmd|…``, has an
     apostrophe before it. A text that begins with an apostrophe has a second one, so that
@@ -206,6 +208,8 @@ def comparison_as_json(comparison: Comparison) -> dict[str, Any]:
 
 def comparison_as_csv(comparison: Comparison) -> str:
     """Return the verdicts of two runs as CSV, one line for each layer and recipe in both.
+
+    A *recipe* says how weights and optimizer states are stored.
 
     Lines whose verdicts differ come first. A number without a value is an empty cell, and texts are
     those of `as_csv`.

@@ -60,7 +60,10 @@ RECIPES = (
     RecipeLine("torchao-fp8", 2.03125, 4, "states in FP8: torchao AdamWFp8"),
     RecipeLine("bnb-8bit", 2.03125, 4, "states in 8 bits: bitsandbytes AdamW8bit"),
 )
-"""The recipes with a short name, as `altgrad.recipes.get_recipes` accepts them."""
+"""The recipes with a short name, as `altgrad.recipes.get_recipes` accepts them.
+
+A *recipe* says how weights and optimizer states are stored.
+"""
 
 
 def count_bytes(format: NumberFormat) -> float:
@@ -70,7 +73,10 @@ def count_bytes(format: NumberFormat) -> float:
 
 
 def print_formats(console: Console) -> None:
-    """Print tables of formats, of block formats and of recipes, in at most 80 columns."""
+    """Print tables of formats, of block formats and of recipes, in at most 80 columns.
+
+    A *recipe* says how weights and optimizer states are stored.
+    """
     console.print(_make_format_table())
     console.print(_make_block_table())
     console.print(_make_recipe_table())

@@ -48,6 +48,8 @@ def print_layers(
 ) -> None:
     """Print which share of its progress each layer would keep in each recipe.
 
+    A *recipe* says how weights and optimizer states are stored.
+
     The first column is ``now`` if the run itself loses updates. Nothing is printed without layers.
 
     Args:

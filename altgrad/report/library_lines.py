@@ -62,6 +62,8 @@ class _Library(NamedTuple):
 def find_library(recipe: RecipeInfo) -> str | None:
     """Return the short name by which this file finds the lines of code for a recipe.
 
+    A *recipe* says how weights and optimizer states are stored.
+
     A recipe that no library can train has None.
 
     Args:
@@ -94,6 +96,8 @@ def write_library_lines(
 ) -> list[Lines]:
     """Write the lines that train as a recipe says.
 
+    A *recipe* says how weights and optimizer states are stored.
+
     Args:
         recipe: The description of the recipe.
         makers: The classes of the run's optimizers, and how many it has of each.
@@ -123,6 +127,8 @@ def write_library_lines(
 
 def explain_no_library(recipe: RecipeInfo, makers: Mapping[Maker, int]) -> str:
     """Write why no library has the lines of a recipe, in one sentence.
+
+    A *recipe* says how weights and optimizer states are stored.
 
     Args:
         recipe: The description of the recipe.

@@ -42,8 +42,8 @@ BEGINNING = "<!-- altgrad report -->"
 def write_verdicts(assessment: Assessment, run: RunDescription | None = None) -> str:
     """Return the verdicts on a run, what to do, and a table of layers by recipes, as Markdown.
 
-    The first column is ``now``, what the run itself loses, if its weights are stored low. The worst
-    layers come first, and at most 100 layers are shown.
+    If weights of the run are stored below float32, the first column is ``now``, what the run itself
+    loses. The worst layers come first, and at most 100 layers are shown.
 
     Args:
         assessment: The verdicts.

@@ -17,7 +17,10 @@ from altgrad.report.records.run import Run
 from altgrad.report.records.schema import RecipeInfo
 
 SHARES = ("frozen_frac", "progress_kept")
-"""Metrics of twins whose figures are shares, and which show that a recipe was tried."""
+"""Metrics of twins whose figures are shares, and which show that a recipe was tried.
+
+A *twin* is a sample of the layers that is stored and stepped as a recipe says.
+"""
 
 _LOW = frozenset({"bfloat16", "float16"})
 """Dtypes in which the fused implementation of an optimizer rounds otherwise than the others."""
@@ -201,7 +204,7 @@ def _shorten(name: str) -> str:
 
 
 def _describe_choice(a: Run, b: Run) -> str:
-    """Return which recipes the user can choose, and otherwise what the runs lack for a choice."""
+    """Return a phrase on the recipes that ``--recipe`` can name, or on why it can name none."""
     pairs = ((a, b), (b, a))
     known = [
         name

@@ -83,7 +83,10 @@ def print_memory(report: RunReport, console: Console) -> None:
 
 
 def is_known(found: Mapping[str, Memory]) -> bool:
-    """Return True if the memory of a run in float32, with which recipes compare, is known."""
+    """Return True if the memory of a run in float32, with which recipes compare, is known.
+
+    A *recipe* says how weights and optimizer states are stored.
+    """
     return any(not math.isnan(each.fp32) for each in found.values())
 
 
@@ -111,6 +114,8 @@ def write_memory(run: Run, found: Mapping[str, Memory]) -> str:
 def tabulate_memory(found: Mapping[str, Memory]) -> tuple[list[str], list[list[str]]]:
     """Return the table of the memory by recipe; parts that all recipes lack have no column.
 
+    A *recipe* says how weights and optimizer states are stored.
+
     Args:
         found: The memory by recipe.
 
@@ -135,6 +140,8 @@ def tabulate_memory(found: Mapping[str, Memory]) -> tuple[list[str], list[list[s
 
 def memory_as_json(run: Run) -> dict[str, Any]:
     """Return the memory of a run by recipe as JSON values, NaN as None.
+
+    A *recipe* says how weights and optimizer states are stored.
 
     Returns:
         Under ``fp32_bytes`` and ``parameters`` those of the observed layers. Under ``recipes``, by

@@ -62,6 +62,8 @@ class NextLine(NamedTuple):
 def write_next(run: RunDescription, runs: Mapping[str, RunAdvice]) -> str:
     """Write which recipe to train with next, what it keeps and saves; empty without one.
 
+    A *recipe* says how weights and optimizer states are stored.
+
     Args:
         run: The run, or the header of its file.
         runs: Verdicts on the run, by recipe.
@@ -85,8 +87,9 @@ def write_next(run: RunDescription, runs: Mapping[str, RunAdvice]) -> str:
 def list_next_lines(report: RunReport) -> list[NextLine]:
     """Return the lines to train with next, those that the verdicts support first.
 
-    Recipes that are fine come first, or those to watch if none is fine. Of a run that is stored low
-    and is fine now, only recipes with fewer bytes are proposed.
+    Recipes, ways to store the run, that are fine come first, or those to watch if none is fine. If
+    the run is stored below float32 already and loses nothing, only recipes with fewer bytes than it
+    takes now are proposed.
 
     Args:
         report: Report of the run.
@@ -109,7 +112,7 @@ class _Proposer:
         self._is_low = is_low(run.layers, runs)
 
     def list_lines(self) -> list[NextLine]:
-        """Return the lines, those of the first proposal first."""
+        """Return the lines of Python for all proposed recipes, the best recipe first."""
         if not self._runs:
             return []
         proposed = self._find_proposed()
@@ -140,7 +143,7 @@ class _Proposer:
         return []
 
     def _is_fine_now(self) -> bool:
-        """Return True if the run is stored low, and loses nothing now."""
+        """Return True if the run is stored below float32 already, and loses nothing by that."""
         return NOW in self._runs and self._runs[NOW].verdict is Verdict.STORES_FINE
 
     def _rank(self, advice: RunAdvice) -> tuple[float, float]:

@@ -27,7 +27,7 @@ _REASONS: Mapping[str, tuple[str, str]] = {
         "Call backward() before each step, and pass the monitor the model that is trained.",
     ),
 }
-"""By reason of a skipped step: what such steps had, and what to change."""
+"""By reason why steps were skipped: a phrase that describes these steps, and one on what to do."""
 
 
 def explain_no_step(run: Run) -> str:

@@ -56,7 +56,13 @@ _Way = tuple[str | None, str, str | None, tuple[tuple[str, str], ...]]
 
 
 def _group(plan: Plan) -> dict[_Way, Mapping[str, RecipeInfo]]:
-    """Return the recipes of a plan that one storage can keep, by what they share."""
+    """Return the recipes of a plan in groups that share dtype, rounding and formats of states.
+
+    One `WeightStorage` can store the layers of a group.
+
+    Returns:
+        By what a group shares, its recipes by their names.
+    """
     groups: dict[_Way, dict[str, RecipeInfo]] = {}
     for name, each in plan.recipes.items():
         dtype = each.dtype if each.dtype == "bfloat16" else None

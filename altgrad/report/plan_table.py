@@ -1,5 +1,7 @@
 """Show a plan, the choice of a recipe for each layer: in the terminal, and as JSON.
 
+A *recipe* says how weights and optimizer states are stored.
+
 Read `planning`, `plan_code` and `printing` first; `plan_command` comes next.
 """
 
@@ -46,6 +48,8 @@ _UNWEIGHTED = (
 
 def print_plan(run: Run, plan: Plan, console: Console, most_layers: int | None = None) -> None:
     """Print a plan: its memory and progress, the recipe of each layer, and code that applies it.
+
+    A *recipe* says how weights and optimizer states are stored.
 
     Args:
         run: The run.
@@ -144,7 +148,10 @@ def write_result(plan: Plan) -> str:
 
 
 def list_notes(plan: Plan) -> list[str]:
-    """Return what a plan assumes, and which recipes it could not use, in sentences."""
+    """Return what a plan assumes, and which recipes it could not use, in sentences.
+
+    A *recipe* says how weights and optimizer states are stored.
+    """
     reasons: dict[str, list[str]] = {}
     for name, why in plan.left_out.items():
         reasons.setdefault(why, []).append(name)

@@ -34,7 +34,8 @@ _TIERS = (
 """Verdicts with which a layer may be stored. Those of a later line count only if the budget cannot
 be met without them; a layer with any other verdict is not stored so."""
 _DECISIVE = 2
-"""Number of layers for which `choose` tries every option: the 2 largest, the 2 that count most."""
+"""Number of layers for which `choose` tries every option: the 2 with the most bytes in float32, and
+the 2 with the highest weight in the progress of the model."""
 _SAME, _FEW = 0.01, 2
 """Progress that a simpler plan may lose, and the number of recipes up to which it is simple."""
 _FROZEN_LIMIT = calibration().thresholds.frozen
@@ -86,6 +87,8 @@ class Planned(NamedTuple):
 class Plan:
     """A choice of a recipe for each layer, with the memory and the progress that it comes to.
 
+    A *recipe* says how weights and optimizer states are stored.
+
     Attributes:
         budget: Share of float32's bytes that the plan may take.
         layers: The layers, in the order of the run.
@@ -119,7 +122,10 @@ class Plan:
 
     @property
     def chosen(self) -> dict[str, str]:
-        """The name of the recipe by layer."""
+        """The name of the recipe by layer.
+
+        A *recipe* says how weights and optimizer states are stored.
+        """
         return {each.layer: each.option.recipe for each in self.layers}
 
 
@@ -431,7 +437,10 @@ def _round_up(share: float) -> float:
 
 
 def count_recipes(plan: Plan) -> dict[str, list[Planned]]:
-    """Return the layers of a plan by recipe, float32 first, then in the order of the run."""
+    """Return the layers of a plan by recipe, float32 first, then in the order of the run.
+
+    A *recipe* says how weights and optimizer states are stored.
+    """
     names: Iterable[str] = (FP32, *plan.recipes)
     groups = {name: [each for each in plan.layers if each.option.recipe == name] for name in names}
     return {name: each for name, each in groups.items() if each}

@@ -20,6 +20,8 @@ LOST = (Verdict.FROZEN, Verdict.STUCK, Verdict.BREAKS)
 def rank_layers(assessment: Assessment) -> dict[str, dict[str, Advice]]:
     """Return the verdicts by layer and recipe, the layers to look at first.
 
+    A *recipe* says how weights and optimizer states are stored.
+
     First come the layers of `list_lost`. Among equals, the layer that keeps the smallest share is
     first, as in `Assessment.by_layer`.
 

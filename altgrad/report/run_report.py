@@ -52,7 +52,10 @@ class RunReport:
 
     @classmethod
     def from_run(cls, run: Run) -> RunReport:
-        """Judge what each recipe would make of a run and its layers, and return the report."""
+        """Return the report of a run, with verdicts on it and its layers for each recipe.
+
+        A *recipe* says how weights and optimizer states are stored.
+        """
         return cls(run, judge_run(run))
 
     def __repr__(self) -> str:
@@ -97,7 +100,7 @@ class RunReport:
 
     @functools.cached_property
     def nonfinite(self) -> dict[str, float]:
-        """Largest nonfinite_frac by layer: the share of its elements that were NaN or inf."""
+        """Largest share of NaN or inf elements in any observed step, by layer; 0 is left out."""
         shares: dict[str, float] = {}
         for row in self.run.rows:
             share = row.figures.get("nonfinite_frac", 0.0)
@@ -115,7 +118,10 @@ class RunReport:
 
     @property
     def answer(self) -> str:
-        """The heading of the report: which recipes are fine, or why there is no verdict."""
+        """The heading of the report: which recipes are fine, or why there is no verdict.
+
+        A *recipe* says how weights and optimizer states are stored.
+        """
         return write_answer(self.assessment.runs) if self.run.steps else explain_no_step(self.run)
 
     @property

@@ -32,6 +32,8 @@ _FEWEST_LAYERS = 1
 def print_first_screen(report: RunReport, console: Console, most_layers: int | None = None) -> None:
     """Print what each recipe would make of a run, what to do, and the layers that keep least.
 
+    A *recipe* says how weights and optimizer states are stored.
+
     Args:
         report: Report of the run.
         console: Console to print on; tables fit its width.

@@ -23,6 +23,8 @@ MOST_LINES = 12
 def print_next(report: RunReport, console: Console, most: int | None = MOST_LINES) -> None:
     """Print which recipe to train with next, why, and the lines of Python.
 
+    A *recipe* says how weights and optimizer states are stored.
+
     Lines of Python are printed completely or not at all. A last line names what is left out.
 
     Args:
@@ -52,6 +54,8 @@ def print_next(report: RunReport, console: Console, most: int | None = MOST_LINE
 
 def print_next_recipe(report: RunReport, console: Console) -> None:
     """Print which recipe to train with next, in a line without Python.
+
+    A *recipe* says how weights and optimizer states are stored.
 
     Args:
         report: Report of the run.

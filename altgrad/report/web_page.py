@@ -48,7 +48,7 @@ _CAPTIONS = {
     "ranges": "Distribution of the weights, and the range of each format.",
 }
 _MOST_REASONS = 200
-"""Layers whose reasons are on the page: those to look at. All would make it slow to open."""
+"""Maximum number of layers whose reasons are on the page; more would make it slow to open."""
 _STALLS = "Share of the updates that stall, by layer and step. Black rows never move."
 
 

@@ -45,7 +45,10 @@ class PrivateGenerators:
 
     @contextmanager
     def using(self, devices: Sequence[torch.device]) -> Iterator[None]:
-        """Put the global generators into the private states; restore theirs on exit or exception.
+        """Let global generators draw from the private states inside a ``with`` block.
+
+        On exit, also by an exception, the generators get the states back that they had before.
+        What was drawn inside has advanced only the private states.
 
         Args:
             devices: The devices whose generators may be drawn from, beside the CPU.

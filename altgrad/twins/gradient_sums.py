@@ -77,6 +77,8 @@ class GradientSums:
     def add(self) -> None:
         """Add the gradients of one backward pass, `micro`, to the sums of the training and recipes.
 
+        A *recipe* says how weights and optimizer states are stored.
+
         A recipe with `accumulate` says to which format its sum is rounded after each addition. The
         caller has set `before` to what `parameter.grad` was before this backward pass. It is 0
         afterwards.
@@ -97,6 +99,8 @@ class GradientSums:
 
     def round_as(self, recipe: Recipe, numbers: Tensor) -> None:
         """Round numbers in place as a recipe rounds sums of gradients.
+
+        A *recipe* says how weights and optimizer states are stored.
 
         Args:
             recipe: One of the recipes.

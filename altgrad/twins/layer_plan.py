@@ -291,7 +291,7 @@ class LayerPlan:
         return buckets
 
     def _find_known(self, stepped: Sequence[Stepped]) -> list[Stepped]:
-        """Return those of some layers that were sampled before, and have the same shape still."""
+        """Return the given layers that were sampled before and still have the same shape."""
         return [
             each
             for each in stepped
@@ -363,7 +363,16 @@ class LayerPlan:
     def _find_shape(
         self, optimizer: Optimizer, stepped: Stepped, layer: Sampled
     ) -> torch.Size | None:
-        """Return the shape in which a small layer, or a small shard, is stepped; else None."""
+        """Return the shape of a layer that must be stepped in its own shape; None for others.
+
+        These are layers, or local shards, of fewer than 64 elements whose shape may decide how
+        torch rounds them. All others are stepped in flat tensors.
+
+        Args:
+            optimizer: The training's optimizer.
+            stepped: The layer.
+            layer: The layer with its sample.
+        """
         shape = layer.weights.shape
         is_small = shape.numel() < CHUNK and self._rounds_by_shape(optimizer, stepped)
         return shape if is_small else None

@@ -152,6 +152,8 @@ class OptimizerTwin(Twin):
     def has_state(self, name: str, state: Mapping[str, Any], layer: Sampled) -> bool:
         """Return True if a layer has the same optimizer state in the twin as in the training.
 
+        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
+
         Small differences of rounding are allowed.
 
         Args:
@@ -241,6 +243,8 @@ class OptimizerTwin(Twin):
 
     def step(self, gradients: Gradients) -> None:
         """Step the twin's optimizer, and round weights and states to the formats of the recipe.
+
+        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
 
         A step that a GradScaler skips on the device has no effect on the twin: a fused optimizer
         skips it itself, and with another the step is undone.
@@ -377,6 +381,8 @@ class OptimizerTwin(Twin):
 
     def find_unmade(self, changes: Changes) -> Changes:
         """Return the changes of hyperparameters that this twin's own step has not made.
+
+        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
 
         Args:
             changes: What changed in the groups of the training's optimizer while it stepped.

@@ -95,6 +95,8 @@ class Twin:
     def states(self) -> Mapping[str, Tensor]:
         """The states of the twin's optimizer, such as exp_avg, by name, (elements); else empty.
 
+        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
+
         A twin without an optimizer has none.
         """
         return {}
@@ -145,6 +147,8 @@ class Twin:
     def step_average(self, name: str, act: Callable[[Tensor, Tensor], object]) -> None:
         """Update an average of the twin's weights, and round it to the format of the recipe.
 
+        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
+
         Args:
             name: Name of the average.
             act: Function that updates the average in place. It gets the average and the weights.
@@ -177,6 +181,8 @@ class Twin:
 
     def stack(self, rows: Tensor) -> TwinStack:
         """Return the twin's weights, states and averages as matrices with a row for each layer.
+
+        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
 
         States are those of the optimizer; averages are those of the weights.
 
@@ -294,6 +300,8 @@ class UpdateTwin(Twin):
 
     def take_update(self, update: Tensor) -> None:
         """Add an update of the training to the weights, and round them to the recipe's format.
+
+        A *recipe* says how weights and optimizer states are stored.
 
         Args:
             update: The change of the training's weights in its last step, floating-point

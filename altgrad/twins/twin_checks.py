@@ -21,7 +21,7 @@ from altgrad.twins.optimizer_run import OptimizerRun
 from altgrad.twins.self_check import Check, are_rounded_otherwise, judge
 
 _RANKS = "ranks"
-"""The key of the self-checks of all ranks together, beside those of each kind of lane."""
+"""The key of the self-checks of all ranks together, beside the keys of this rank's lanes."""
 
 
 class TwinChecks:

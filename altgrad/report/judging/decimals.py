@@ -61,6 +61,8 @@ def format_interval(low: float, high: float) -> str:
 def format_figure(figure: float, limit: float = 1.0) -> str:
     """Return a figure of a twin, such as the share of frozen weights, with two decimals.
 
+    A *twin* is a sample of the layers that is stored and stepped as a recipe says.
+
     Rounding keeps a figure on its side of 0, of 1 and of `limit`: 0.996 is ``0.99``, 0.001 is
     ``0.01``, and 0.989 with the limit 0.99 is ``0.98``. NaN is ``–``.
 

@@ -1,7 +1,8 @@
 """`Judge`: collect the figures of a run, step by step, and return its `Assessment`.
 
-Each layer has a tally for each recipe, and one for each number format that no recipe of its name
-stores. `judge_run` judges a run that was read from its file.
+A *recipe* says how weights and optimizer states are stored. For each layer, the judge adds up the
+figures of each recipe that the run tried, and of each number format that was not tried as a recipe.
+`judge_run` judges a run that was read from its file.
 
 Read `remedies` first; `run_report` comes next.
 """
@@ -116,9 +117,10 @@ class Judge:
                 steps.setdefault(name, StepTally()).add_step(figures, errors, name)
 
     def _list_twins(self) -> list[str]:
-        """Return the names of the recipes with twins, and of the run itself if there are any.
+        """Return the names of the recipes with twins, and ``now`` for the run itself.
 
-        Without twins, a run in 16 bits has a few figures of itself, on which no verdict rests.
+        A *twin* is a sample of the layers that is stored and stepped as a recipe says. Without
+        twins, ``now`` is left out: a run in 16 bits then has too few figures for a verdict.
         """
         return [*dict.fromkeys((NOW, *self._recipes))] if {*self._recipes} - {NOW} else []
 
@@ -380,6 +382,8 @@ class StandardErrors(Mapping[str, float]):
 
 def judge_run(run: Run) -> Assessment:
     """Judge what each recipe would make of a run, and of each of its layers.
+
+    A *recipe* says how weights and optimizer states are stored.
 
     Args:
         run: The run, as `altgrad.report.read` returns it.

@@ -107,7 +107,10 @@ def _propose_scale(name: str, recipe: RecipeInfo | None, layers: Sequence[LayerS
 
 
 def _describe_behind(names: Sequence[str]) -> str:
-    """Return a sentence on layers that keep little, with a space behind; empty without any."""
+    """Return a sentence on layers that keep less than half of their progress, and a space.
+
+    Without such layers it is empty.
+    """
     if not names:
         return ""
     keep = "keeps less than half of its" if len(names) == 1 else "keep less than half of their"
@@ -115,7 +118,7 @@ def _describe_behind(names: Sequence[str]) -> str:
 
 
 def _name_remedy(advice: RunAdvice, layers: Mapping[str, Sequence[LayerShare]]) -> str:
-    """Return the name of a remedy with what it keeps and what it costs."""
+    """Return the name of a remedy, a recipe, with the progress that it keeps and what it costs."""
     word = " (watch)" if advice.verdict is Verdict.WATCH else ""
     cost = _name_cost(layers[advice.recipe])
     return f"{advice.recipe}, which keeps {format_kept(advice.kept)}{word}{cost}"
@@ -196,7 +199,10 @@ def _propose_remedies(
 def _list_remedies(
     name: str, recipes: Mapping[str, RecipeInfo]
 ) -> tuple[Sequence[str], Sequence[str]]:
-    """Return the names of the remedies for a recipe: those in its own format, and others."""
+    """Return the names of the remedies for a recipe, in two lists: in its own format, and others.
+
+    Remedies are recipes that round stochastically or keep rounding errors (Kahan summation).
+    """
     remedies = [
         other
         for other, info in recipes.items()

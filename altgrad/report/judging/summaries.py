@@ -32,6 +32,8 @@ NO_VERDICTS = (
 def summarize(runs: Mapping[str, RunAdvice], advice: Sequence[Advice]) -> str:
     """Return a paragraph with a sentence on each recipe, and on layers with NaN or inf.
 
+    A *recipe* says how weights and optimizer states are stored.
+
     Args:
         runs: Verdicts on the run, by recipe.
         advice: Verdicts on the layers.
@@ -44,7 +46,10 @@ def summarize(runs: Mapping[str, RunAdvice], advice: Sequence[Advice]) -> str:
 
 
 def write_sentence(advice: RunAdvice) -> str:
-    """Write the verdict of a recipe on a run: word, share of the progress, evidence, what to do."""
+    """Return a sentence on a run in one recipe: the verdict, the progress kept, and what to do.
+
+    A *recipe* says how weights and optimizer states are stored.
+    """
     if advice.verdict is Verdict.NOT_JUDGED:
         why = advice.to_do or "No step has moved a layer that it could lose."
         return f"{advice.recipe}: not judged. {why}"
@@ -112,7 +117,7 @@ def _write_progress(advice: RunAdvice) -> str:
 
 
 def hides_layers(advice: RunAdvice) -> bool:
-    """Return True if a run keeps its progress by some layers, and many others keep little of it."""
+    """Return True if a run keeps its progress as a whole, but many of its layers keep little."""
     return advice.behind_share > _LIMITS.left_behind and advice.kept >= _LIMITS.needs_remedy
 
 

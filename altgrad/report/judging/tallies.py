@@ -30,7 +30,10 @@ STEP_METRICS = (KEPT, STALL, NEVER_MOVED, *RANGE)
 PROGRESS, FROZEN, STILL = "progress_kept", "frozen_frac", "still_frac"
 MOVED, BROKEN = "moved_rms", "twin_nonfinite_frac"
 TWIN_METRICS = (PROGRESS, FROZEN, STILL)
-"""Metrics of twins on which a verdict and its reason rest, each with a standard error."""
+"""Metrics of twins on which a verdict and its reason rest, each with a standard error.
+
+A *twin* is a sample of the layers that is stored and stepped as a recipe says.
+"""
 _OTHER_TWIN_METRICS = (MOVED, BROKEN, "drift", "window_progress_kept", "moved_since_start_frac")
 _STATE_ENDS = ("_ratio", "_zero_frac")
 _MEANS = (KEPT, STALL, *RANGE)
@@ -124,12 +127,18 @@ class TwinTally:
         self.still_steps += 1
 
     def figure(self, metric: str) -> float:
-        """Return the last figure of the twin, by its metric; NaN if it has no value."""
+        """Return the last figure of the twin, by its metric; NaN if it has no value.
+
+        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
+        """
         return self._latest.get(f"{metric}/{self.recipe}", math.nan)
 
     @property
     def figures(self) -> dict[str, float]:
-        """The last figures of the twin on which verdicts rest, by metric, and of its states."""
+        """The last figures of the twin on which verdicts rest, by metric, and of its states.
+
+        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
+        """
         return {m: self.figure(m) for m in _list_metrics(self.recipe, tuple(self._latest))}
 
     @property

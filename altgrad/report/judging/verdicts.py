@@ -105,12 +105,17 @@ class Advice(NamedTuple):
 
     @property
     def has_twin(self) -> bool:
-        """True if the verdict rests on a twin, False if it rests on single steps."""
+        """True if the verdict rests on a twin, False if it rests on single steps.
+
+        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
+        """
         return PROGRESS in self.figures
 
     @property
     def kept(self) -> float:
         """The share of the progress that the recipe keeps; NaN without a value.
+
+        A *recipe* says how weights and optimizer states are stored.
 
         It is progress_kept, or the mean kept_update_ratio of single steps.
         """
@@ -235,6 +240,8 @@ class Assessment:
     @functools.cached_property
     def by_layer(self) -> dict[str, dict[str, Advice]]:
         """The verdicts by name of the layer and of the recipe.
+
+        A *recipe* says how weights and optimizer states are stored.
 
         First come layers that stand still now, and then the layer that would keep the smallest part
         of its progress in any recipe.

@@ -167,6 +167,8 @@ class PackedSize(NamedTuple):
 class OptimizerSize(NamedTuple):
     """The bytes that the optimizer of a recipe keeps for each weight, beside the weight.
 
+    A *recipe* says how weights and optimizer states are stored.
+
     Attributes:
         state_bytes: The bytes; NaN if unknown. If states are packed, those of a packed layer.
         compensation_bytes: How many of these are the rounding error of the weight.
@@ -402,7 +404,10 @@ def _states_as_json(states: Mapping[str, StateSize] | None) -> dict[str, Any] | 
 
 
 def info_as_json(info: FormatInfo | RecipeInfo) -> dict[str, Any]:
-    """Return the description of a format or recipe as a JSON object, without its name."""
+    """Return the description of a format or recipe as a JSON object, without its name.
+
+    A *recipe* says how weights and optimizer states are stored.
+    """
     return {name: _value_as_json(each) for name, each in asdict(info).items() if name != "name"}
 
 

@@ -17,7 +17,10 @@ from altgrad.report.records.kinds import number_as_json
 
 
 def runs_as_json(runs: Mapping[str, RunAdvice]) -> dict[str, dict[str, Any]]:
-    """Return the verdicts on a run as JSON objects, by name of the recipe."""
+    """Return the verdicts on a run as JSON objects, by name of the recipe.
+
+    A *recipe* says how weights and optimizer states are stored.
+    """
     return {name: _convert(each) for name, each in runs.items()}
 
 
