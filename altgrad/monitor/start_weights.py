@@ -107,9 +107,10 @@ class StartWeights:
             names: Names of the layers to measure.
 
         Returns:
-            The result for each device, for `read`.
+            The result for each device, for `read`. Empty if several ranks share the layers, as in a
+            run that goes on from the state of one process.
         """
-        if not self._starts:
+        if not self._starts or self._source.is_shared:
             return []
         by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
         for name, parameter in self._source.find_stepped(optimizer):

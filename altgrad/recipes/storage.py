@@ -336,13 +336,15 @@ class WeightStorage:
         """Round weights and states after a step of an optimizer, as its hook."""
         if count_step_calls(optimizer) > 1:
             return  # a super().step() within a step, which may still change the weights
+        # GradScaler sets it on fused optimizers, which skip the step on the device.
+        found_inf = getattr(optimizer, "found_inf", None)
         parameters = [each for group in optimizer.param_groups for each in group["params"]]
         for parameter in parameters:
             generator = None
             if self._rounding == "stochastic":
                 generator = self._generators.get(find_exact_device(parameter.device))
             if parameter in self._layers:
-                self._layers[parameter].store(self._rounding, generator)
+                self._layers[parameter].store(self._rounding, generator, found_inf)
             if parameter in self._states:
                 states = optimizer.state.get(parameter, {})
                 self._states[parameter].store(parameter, states, self._rounding, generator)
@@ -402,19 +404,48 @@ class _Layer:
                 self.lost += (before - weights).nan_to_num(0.0)  # inf − inf is NaN
 
     @torch.no_grad()
-    def store(self, rounding: StorageRounding, generator: torch.Generator | None) -> None:
+    def store(
+        self,
+        rounding: StorageRounding,
+        generator: torch.Generator | None,
+        found_inf: Tensor | None = None,
+    ) -> None:
         """Add the kept rounding errors to the weights, and round them, after a step.
 
         Args:
             rounding: The way to round.
             generator: The random number generator for ``"stochastic"``, on the device of the
                 layer, or on the CPU if that lacks float64.
+            found_inf: The flag of a GradScaler that a fused optimizer reads on the device, a tensor
+                of one element: not 0 if the step is skipped. None without it.
         """
         lost = self.lost
         with editing_on_exact_device(self._parameter.detach()) as weights:
             wanted = weights if lost is None else weights + lost.to(weights.dtype)
             scale = self._update_scales(wanted)
+            stays = None if lost is None else self._find_unstepped(weights, scale, found_inf)
+            earlier = [] if stays is None else [(each, each.clone()) for each in (weights, lost)]
             store_(weights, self.element, scale, rounding=rounding, generator=generator, lost=lost)
+            for now, before in earlier:
+                now.copy_(torch.where(stays, before, now))
+
+    def _find_unstepped(
+        self, weights: Tensor, scale: Tensor | None, found_inf: Tensor | None
+    ) -> Tensor | None:
+        """Return a mask of weights that a step has left as they were stored; None if it has none.
+
+        These are values of the format in a layer without a gradient, or in a skipped step. Their
+        errors of Kahan summation stay, too. An error of almost half a spacing is half a spacing in
+        bfloat16: added again, it would move the weight.
+        """
+        has_gradient = self._parameter.grad is not None
+        if has_gradient and found_inf is None:
+            return None
+        store_(stored := weights.clone(), self.element, scale)
+        stays = stored == weights
+        if has_gradient and found_inf is not None:
+            stays &= found_inf.to(stays.device) != 0
+        return stays
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the layer, as described in `WeightStorage.state_dict`."""

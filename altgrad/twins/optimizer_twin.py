@@ -268,8 +268,31 @@ class OptimizerTwin(Twin):
             self._undone_for = gradients.present
         self._store_states()
         lost = self.tensors.lost
-        self._store(self.tensors.weights, self.recipe.rounding, lost if len(lost) else None)
+        with self._keeping_errors(gradients) if len(lost) else nullcontext():
+            self._store(self.tensors.weights, self.recipe.rounding, lost if len(lost) else None)
         self.tensors.end_step()
+
+    @contextmanager
+    def _keeping_errors(self, gradients: Gradients) -> Iterator[None]:
+        """Keep weights and errors of Kahan summation that the step has not changed, inside.
+
+        These are those of layers without a gradient, and of a step that a GradScaler skips. An
+        error of almost half a spacing is half a spacing in bfloat16: added again, it would move the
+        weight.
+        """
+        found_inf, now, lost = gradients.found_inf, self.tensors.weights, self.tensors.lost
+        if found_inf is None and all(gradients.present):
+            yield
+            return
+        is_skipped: Any = False if found_inf is None else found_inf.to(now.device) != 0
+        stays = now == self.tensors.before
+        for place, is_present in zip(self.layout.slices, gradients.present, strict=True):
+            if is_present:
+                stays[place] &= is_skipped
+        earlier = [(each, each.clone()) for each in (now, lost)]
+        yield
+        for each, before in earlier:
+            each.copy_(torch.where(stays, before, each))
 
     def _take_gradients(self, gradients: Gradients, *, can_unscale: bool) -> Tensor | None:
         """Set copies of the gradients in the parameters, since many optimizers change theirs.

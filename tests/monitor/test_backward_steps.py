@@ -92,14 +92,14 @@ def watch(
 IN_BACKWARD = [step_each_parameter, step_parts_of_one]
 
 
+@pytest.mark.parametrize("recipe", ["bf16", "bf16-kahan"])  # which draw no random numbers
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("way", IN_BACKWARD)
 def test_a_training_step_is_one_record_with_the_figures_of_one_optimizer(
-    way: Any, every: int
+    way: Any, every: int, recipe: str
 ) -> None:
-    recipes = "bf16"  # which draws no random numbers
-    expected, _, trained = watch(step_afterwards, every_n_steps=every, recipes=recipes)
-    records, monitor, model = watch(way, every_n_steps=every, recipes=recipes)
+    expected, _, trained = watch(step_afterwards, every_n_steps=every, recipes=recipe)
+    records, monitor, model = watch(way, every_n_steps=every, recipes=recipe)
     assert all(map(torch.equal, model.parameters(), trained.parameters()))
     assert [each.index for each in records] == [each.index for each in expected]
     assert monitor.latest is records[-1]

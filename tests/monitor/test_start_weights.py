@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD, Optimizer
 
 from altgrad import StepRecord, UpdateMonitor, WeightStorage
 from altgrad.report import RunFile, judge_run, read
 from altgrad.report.answers import write_storage
 from altgrad.report.matching import has_own_figures
+from tests.processes import run
 
 KEY = "moved_since_start_frac/now"
 
@@ -165,6 +168,40 @@ def test_a_resumed_run_counts_from_the_first_start() -> None:
     truth = compare(model, start)
     for name in ("0.bias", "1.weight", "1.bias", "2.bias"):
         assert resumed.latest.layers[name][KEY] == truth[name]
+
+
+def train_sharded(_: int, state: Any) -> tuple[list[str], int, bool]:
+    """Go on from a state with sharded layers; return the layers of the last record."""
+    model = net()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    monitor = UpdateMonitor(model, formats="e4m3fn", recipes=(), strict=True)
+    monitor.load_state_dict(state)
+    optimizer = SGD(model.parameters(), lr=0.05)
+    with monitor.attach(optimizer):
+        train(model, optimizer, 2)
+    record = monitor.latest
+    return [*record.layers], record.index, any(KEY in each for each in record.layers.values())
+
+
+def test_a_run_that_goes_on_with_sharded_layers_leaves_the_figure_out() -> None:
+    model = net()
+    state = watch(model, SGD(model.parameters(), lr=0.05), 2).state_dict()
+    assert state["starts"]
+    names = [name for name, _ in model.named_parameters()]
+    assert run(train_sharded, 2, state) == [(names, 1, False)] * 2
+
+
+@pytest.mark.parametrize(("recipes", "share"), [((), 1.0), ("bf16", 0.0)])
+def test_weights_that_other_code_writes_count_as_moved_without_twins_alone(
+    recipes: Any, share: float
+) -> None:
+    model = net()
+    optimizer = SGD(model.parameters(), lr=1e-9)
+    monitor = UpdateMonitor(model, formats="e4m3fn", recipes=recipes, strict=True)
+    with monitor.attach(optimizer):
+        model.load_state_dict({n: each + 1 for n, each in model.state_dict().items()})
+        train(model, optimizer, 1)
+    assert monitor.latest.layers["1.weight"][KEY] == share
 
 
 INDICES = torch.arange(3)

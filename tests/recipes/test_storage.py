@@ -154,6 +154,37 @@ def test_kahan_keeps_the_error_of_the_first_rounding() -> None:
     assert (weight + layer["lost"]).item() == pytest.approx(1.05, abs=0.05 * 2**-8)
 
 
+def train_with_kahan(*, has_gradient: bool, found_inf: float | None) -> list[torch.Tensor]:
+    """Step once, store again without an update, and return weights and errors after each."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(1 + torch.rand(20_000))
+    optimizer = Given([weight], 1e-4)
+    storage = WeightStorage("bf16", None, compensation="kahan").attach(optimizer)
+    optimizer.step()
+    optimizer.update = 0.0
+    weight.grad = torch.zeros_like(weight) if has_gradient else None
+    if found_inf is not None:
+        optimizer.found_inf = torch.tensor([found_inf])
+    found = []
+    for _ in range(2):
+        (layer,) = storage.state_dict()["layers"].values()
+        found += [weight.detach().clone(), layer["lost"]]
+        optimizer.step()
+    return found
+
+
+def test_kahan_leaves_a_layer_without_a_step_as_it_was() -> None:
+    """An error of almost half a spacing is half a spacing in bf16, which rounds to a neighbour."""
+    for has_gradient, found_inf in ((False, None), (True, 1.0)):
+        found = train_with_kahan(has_gradient=has_gradient, found_inf=found_inf)
+        weight, lost, weight_again, lost_again = found
+        assert torch.equal(weight, weight_again)
+        assert torch.equal(lost, lost_again)
+    for found_inf in (None, 0.0):  # a step that was made stores, as it always did
+        weight, _, weight_again, _ = train_with_kahan(has_gradient=True, found_inf=found_inf)
+        assert not torch.equal(weight, weight_again)
+
+
 @pytest.mark.parametrize(("format", "digits"), [("bf16", 7), ("e4m3fn", 3), ("fp16", 10)])
 def test_kahan_loses_updates_below_2_to_the_minus_m_minus_10(format: str, digits: int) -> None:
     """The rounding error is kept in bf16, which rounds it again."""
