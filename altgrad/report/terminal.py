@@ -52,6 +52,7 @@ def _count_other_lines(report: RunReport, console: Console) -> int:
         print_runs(report, console, _MOST_ACTIONS)
         print_layers(report, console, 1, most_tables=1)
         print_next_recipe(report, console)
+        _print_notes(report, console)
     return capture.get().count("\n")  # its one layer stands for the last line, which is a command
 
 
