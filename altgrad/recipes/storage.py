@@ -424,9 +424,11 @@ class _Layer:
             wanted = weights if lost is None else weights + lost.to(weights.dtype)
             scale = self._update_scales(wanted)
             stays = None if lost is None else self._find_unstepped(weights, scale, found_inf)
-            earlier = [] if stays is None else [(each, each.clone()) for each in (weights, lost)]
+            kept = [] if lost is None or stays is None else [weights, lost]
+            earlier = [each.clone() for each in kept]
             store_(weights, self.element, scale, rounding=rounding, generator=generator, lost=lost)
-            for now, before in earlier:
+            for now, before in zip(kept, earlier, strict=True):
+                assert stays is not None
                 now.copy_(torch.where(stays, before, now))
 
     def _find_unstepped(

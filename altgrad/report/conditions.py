@@ -62,7 +62,7 @@ class Condition:
         if not report.run.steps:
             return self._explain(["no step was observed"])
         if self.kind == _NAN:
-            found = [*report.assessment.nonfinite]
+            found = [*report.nonfinite]  # verdicts know only layers that were judged
             layers = format_count(len(found), "layer")
             return self._explain([f"{layers} had NaN or inf: {few(found)}"] if found else [])
         runs = report.assessment.runs

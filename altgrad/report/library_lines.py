@@ -92,7 +92,11 @@ def find_library(recipe: RecipeInfo) -> str | None:
 
 
 def write_library_lines(
-    recipe: RecipeInfo, makers: Mapping[Maker, int], kept: Sequence[str] = ()
+    recipe: RecipeInfo,
+    makers: Mapping[Maker, int],
+    kept: Sequence[str] = (),
+    *,
+    is_fused: bool = False,
 ) -> list[Lines]:
     """Write the lines that train as a recipe says.
 
@@ -102,6 +106,7 @@ def write_library_lines(
         recipe: The description of the recipe.
         makers: The classes of the run's optimizers, and how many it has of each.
         kept: Patterns of the names of modules that stay in float32.
+        is_fused: True if the run's optimizers have the argument ``fused=True``.
 
     Returns:
         The lines of each library; empty if no known library has the recipe for these optimizers.
@@ -115,14 +120,32 @@ def write_library_lines(
     found = replace_makers(makers, library.find)
     if found is None:
         return []
-    comments = [*filter(None, [library.arguments])]
-    if name in EXACT:
-        comments.append(f'# States are in bf16, too: the recipe "{EXACT[name]}" judges that.')
+    comments = _list_comments(name, makers, is_fused=is_fused)
     if library.is_rounding:
         lines = _write_in_dtype("bfloat16", found, kept, comments)
     else:
         lines = [*write_imports(found), *comments, *write_optimizers(found)]
     return [Lines(library.title, "\n".join(lines))]
+
+
+def _list_comments(name: str, makers: Mapping[Maker, int], *, is_fused: bool) -> list[str]:
+    """Return comments on the arguments of a library's optimizer, and on its states."""
+    comments = [*_list_left_out(makers, is_fused=is_fused)]
+    has_betas = any(each.family != "SGD" for each in makers)
+    if has_betas and (arguments := _BY_NAME[name].arguments):
+        comments.append(arguments)
+    if name in EXACT:
+        judged = f': the recipe "{EXACT[name]}" judges that.'
+        is_judged = all(each.family in ("Adam", "AdamW") for each in makers)
+        comments.append(f"# States are in bf16, too{judged if is_judged else ', untested.'}")
+    return comments
+
+
+def _list_left_out(makers: Mapping[Maker, int], *, is_fused: bool) -> list[str]:
+    """Return a comment on arguments that a library's class lacks, or gets already; or none."""
+    own = (_OWN_ARGUMENTS.get(each.module) for each in makers)
+    names = dict.fromkeys(filter(None, ["fused" if is_fused else None, *own]))
+    return [f"# Leave out of the arguments: {', '.join(names)}."] if names else []
 
 
 def explain_no_library(recipe: RecipeInfo, makers: Mapping[Maker, int]) -> str:
@@ -181,11 +204,12 @@ def write_master_lines(makers: Mapping[Maker, int], *, is_low: bool) -> list[Lin
 _AUTOCAST = "# Compute the loss under torch.autocast(device_type, torch.bfloat16)."
 
 
-def write_small_states(makers: Mapping[Maker, int]) -> list[Lines]:
+def write_small_states(makers: Mapping[Maker, int], *, is_fused: bool = False) -> list[Lines]:
     """Write the lines of torchao for weights in bf16, rounded stochastically, and states in 8 bits.
 
     Args:
         makers: The classes of the run's optimizers, and how many it has of each.
+        is_fused: True if the run's optimizers have the argument ``fused=True``.
 
     Returns:
         The lines; empty if torchao has no such optimizer.
@@ -193,7 +217,8 @@ def write_small_states(makers: Mapping[Maker, int]) -> list[Lines]:
     found = replace_makers(makers, _find_8bit_stochastic)
     if found is None:
         return []
-    comments = ["# Not tried together: each of the two was judged alone."]
+    left_out = _list_left_out(makers, is_fused=is_fused)
+    comments = [*left_out, "# Not tried together: each of the two was judged alone."]
     return [Lines("torchao, both", "\n".join(_write_in_dtype("bfloat16", found, (), comments)))]
 
 
@@ -331,6 +356,8 @@ _BY_NAME: Mapping[str, _Library] = {
     ),
 }
 """The libraries, by short name of the recipe."""
+_OWN_ARGUMENTS = {"torchao.optim": "bf16_stochastic_round", "optimi": "kahan_sum"}
+"""By module of optimizers, the argument that no other library has."""
 EXACT = {"bf16-sr": "torchao-sr", "bf16-kahan": "optimi-kahan"}
 """The recipe that a library's optimizer follows exactly, by name of the similar general recipe.
 

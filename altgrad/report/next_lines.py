@@ -110,6 +110,7 @@ class _Proposer:
         self._runs = runs
         self._makers: Mapping[Maker, int] = list_makers(run)
         self._is_low = is_low(run.layers, runs)
+        self._is_fused = run.now is not None and run.now.fused
 
     def list_lines(self) -> list[NextLine]:
         """Return the lines of Python for all proposed recipes, the best recipe first."""
@@ -120,8 +121,8 @@ class _Proposer:
         if not each:
             each = [lines for name in self._list_formats() if (lines := self._write_format(name))]
         each.sort(key=lambda lines: lines[0].title.startswith("Simulation"))
-        master = self._write_master(proposed, is_first=not each)
-        return [line for lines in [*each, master] for line in lines]
+        reason = "" if each else _explain_no_lines(proposed)
+        return [line for lines in [*each, self._write_master(reason)] for line in lines]
 
     def _find_proposed(self) -> list[RunAdvice]:
         """Return the verdicts on the recipes to propose: fewest bytes first, then most kept."""
@@ -157,13 +158,17 @@ class _Proposer:
         modules = {*map(find_module, advice.frozen)} if stores else set[str]()
         kept = self._find_patterns(modules)
         exact, missing = self._find_exact(recipe), ""
-        library = [] if exact else write_library_lines(recipe, self._makers, kept)
+        library = (
+            []
+            if exact
+            else write_library_lines(recipe, self._makers, kept, is_fused=self._is_fused)
+        )
         if not library:
             missing = f" {explain_no_library(recipe, self._makers)}"
         if exact:
             missing = f" {exact} is what a library has, and has a verdict of its own."
         if self._is_with_stochastic(recipe, proposed):
-            library += write_small_states(self._makers)
+            library += write_small_states(self._makers, is_fused=self._is_fused)
         simulation = write_simulation(self._run, recipe, self._makers, modules, is_low=self._is_low)
         why = f"{_describe(advice, recipe, keeps=bool(modules))}{missing}"
         return _add_why(advice.recipe, why, [*library, *simulation])
@@ -222,18 +227,15 @@ class _Proposer:
 
     # --- float32 master weights
 
-    def _write_master(self, proposed: Sequence[RunAdvice], *, is_first: bool) -> list[NextLine]:
+    def _write_master(self, reason: str) -> list[NextLine]:
         """Return the lines that keep float32 master weights; empty for a run that needs none.
 
-        Args:
-            proposed: The verdicts on the recipes to propose.
-            is_first: True if there are no lines for any of these.
+        `reason` is a sentence on why no recipe comes before them; it may be empty.
         """
         if self._is_fine_now():
             return []
         why = "fp32: master weights in float32 lose nothing, while the loss is computed in bf16."
-        if is_first:
-            why = f"{why} {_explain_none(proposed)}"
+        why = f"{why} {reason}".rstrip()
         return _add_why(MASTER, why, write_master_lines(self._makers, is_low=self._is_low))
 
 
@@ -241,12 +243,13 @@ def _add_why(recipe: str, why: str, lines: Iterable[Lines]) -> list[NextLine]:
     return [NextLine(recipe, why, each.title, each.code) for each in lines]
 
 
-def _explain_none(proposed: Sequence[RunAdvice]) -> str:
-    """Return a sentence that says why there are no lines for the recipes to propose."""
-    if not proposed:
-        return "No recipe that was tried is fine."
-    names = few([f"{each.recipe} ({each.verdict.short})" for each in proposed])
-    return f"No lines are known for {names}: write them as you wrote the recipe."
+def _explain_no_lines(proposed: Sequence[RunAdvice]) -> str:
+    """Return in a sentence why there are no lines for a recipe that was tried."""
+    fine = [each.recipe for each in proposed if each.verdict is Verdict.STORES_FINE]
+    if fine:
+        are = "is" if len(fine) == 1 else "are"
+        return f"No lines are known for {few(fine)}, which {are} fine: write them as you wrote the recipe."
+    return "No recipe that was tried is known to be fine."
 
 
 def _describe(advice: RunAdvice, recipe: RecipeInfo, *, keeps: bool) -> str:

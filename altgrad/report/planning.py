@@ -162,6 +162,8 @@ def make_plan(run: Run, assessment: Assessment, budget: float) -> Plan:
             f"{run.path}: the sizes of optimizer states are unknown; observe a step with "
             "altgrad.watch, PrecisionMonitor or PrecisionCallback, which write them"
         )
+    if not any(math.prod(layer.shape) for layer in counted.values()):
+        raise PlanError(f"{run.path}: expected a layer with weights; all are of size 0")
     weights, by_movement = _weigh(run, counted)
     most = budget * math.fsum(fp32.values())
     chosen = _choose_by_tiers([*layers.values()], [*weights.values()], most)

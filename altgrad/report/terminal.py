@@ -59,6 +59,7 @@ def _count_other_lines(report: RunReport, console: Console) -> int:
         print_runs(report, console, _MOST_ACTIONS)
         print_layers(report, console, 1, most_tables=1)
         print_next_recipe(report, console)
+        _print_notes(report, console)
     command = math.ceil(len(_write_command(report)) / console.width)  # the terminal wraps it
     return capture.get().count("\n") - 1 + command  # without the one layer
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from altgrad.report import Assessment, RunAdvice, RunReport, Verdict
+from altgrad.report import Assessment, Row, RunAdvice, RunReport, Verdict
 from altgrad.report.conditions import parse_condition
 from tests.command_line import altgrad
 from tests.report.runs import figures, make_rows, make_run, write_empty_run
@@ -89,6 +89,12 @@ def test_nan_is_about_elements_of_the_run_itself() -> None:
     broken = make_run([row for each in rows for row in [type(each)(0, "a", values, {})]], ["bf16"])
     found = parse_condition("nan").test(RunReport.from_run(broken))
     assert found == "--fail-on=nan: 1 layer had NaN or inf: a"
+
+
+def test_nan_holds_in_a_run_that_judged_nothing() -> None:
+    rows = [Row(0, "a", {"nonfinite_frac": 0.25}, {}), Row(0, None, {}, {})]
+    report = RunReport.from_run(make_run(rows, ()))
+    assert parse_condition("nan").test(report) == "--fail-on=nan: 1 layer had NaN or inf: a"
 
 
 def test_a_run_in_float32_loses_nothing_now() -> None:

@@ -206,6 +206,32 @@ def test_torchao_moves_weights_that_rounding_to_nearest_would_not(recipe, makers
 
 
 @pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("name", ["bf16-sr", "torchao-8bit", "optimi-kahan", "bnb-8bit"])
+def test_lines_of_a_fused_run_say_which_argument_the_library_lacks(name: str) -> None:
+    (lines,) = write_library_lines(describe(name), ADAMW, is_fused=True)
+    require(lines.title)
+    with pytest.raises(TypeError, match="fused"):
+        run_code(lines.code, make_net(), arguments={"lr": 1e-3, "fused": True})
+    assert "# Leave out of the arguments: fused." in lines.code.splitlines()
+    assert "Leave out" not in write_library_lines(describe(name), ADAMW)[0].code
+
+
+def test_lines_leave_out_what_only_the_library_of_the_run_has() -> None:
+    torchao = {Maker("torchao.optim", "_AdamW"): 1}
+    for lines in (*write_library_lines(describe("bf16-sr"), torchao), *write_small_states(torchao)):
+        assert "# Leave out of the arguments: bf16_stochastic_round." in lines.code
+    optimi = {Maker("optimi", "AdamW"): 1}
+    assert "arguments: kahan_sum." in write_library_lines(describe("bnb-8bit"), optimi)[0].code
+
+
+def test_comments_fit_sgd_which_has_no_betas_and_no_recipe_of_optimi() -> None:
+    code = write("bf16-kahan", "optimi", SGD)
+    assert "betas" not in code
+    assert "# States are in bf16, too, untested." in code
+    assert 'the recipe "optimi-kahan" judges that.' in write("bf16-kahan", "optimi", ADAM)
+
+
+@pytest.mark.usefixtures("eager")
 def test_torchao_keeps_modules_in_float32() -> None:
     require("torchao")
     net = make_net()

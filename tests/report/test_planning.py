@@ -139,6 +139,12 @@ def test_a_run_without_recipes_or_states_has_no_plan(run: Run) -> None:
         make_plan(replace(run, layers=older), judge_run(run), 0.6)
 
 
+def test_layers_without_weights_have_no_plan(run: Run) -> None:
+    empty = {name: replace(each, shape=(0,), states={}) for name, each in run.layers.items()}
+    with pytest.raises(PlanError, match="expected a layer with weights"):
+        make_plan(replace(run, layers=empty), judge_run(run), 1.0)
+
+
 def test_layers_without_a_step_are_no_part_of_a_plan(run: Run) -> None:
     unused = {"head.bias": replace(run.layers["head.bias"], states=None)}
     plan = make_plan(replace(run, layers=run.layers | unused), judge_run(run), 0.8)

@@ -81,6 +81,15 @@ def test_the_first_screen_says_all_in_24_lines_of_80_columns(layers: int) -> Non
     assert lines[-1].endswith("--all")
 
 
+def test_notes_take_their_room_from_the_layers_of_the_first_screen() -> None:
+    found = make_default_run(40)
+    note = "altgrad.jsonl: resumed before step 5, which supersedes 21 lines"
+    found = RunReport(replace(found.run, notes=[note, note]), found.assessment)
+    text = print_to_text(lambda console: print_first_screen(found, console), 80)
+    assert text.count(note) == 2
+    assert len(text.splitlines()) == 24
+
+
 @pytest.mark.parametrize("columns", [80, 120])
 def test_the_table_shows_the_verdict_on_each_layer_and_format(run: Path, columns: int) -> None:
     shown = altgrad("report", run, columns=columns)
