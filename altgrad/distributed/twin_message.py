@@ -73,9 +73,9 @@ class TwinPlan(NamedTuple):
         """The number of sums of a layer under one recipe.
 
         A *recipe* says how weights and optimizer states are stored; it is tried on a sample of each
-        layer. The sums of a layer are, in order: the number of ranks that miss a part of the
-        sample; the number of sampled elements; the number of blocks in which they were drawn; the
-        sums of `TwinColumns`; and for each optimizer state a histogram of its ratio to float32.
+        layer. First come three numbers: ranks that miss a part of the sample, sampled elements, and
+        blocks in which they were drawn. Then come the sums of `TwinColumns`. Last is, for each
+        optimizer state, a histogram of its ratio to float32.
         """
         return _HEADER + self.plain + MOST_STATES * count_numbers(self.most_elements)
 

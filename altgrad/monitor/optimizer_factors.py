@@ -59,7 +59,7 @@ class Factor(NamedTuple):
 
     @property
     def unchanged(self) -> Extent | None:
-        """How many numbers stay as they are when they are multiplied by the factor and rounded.
+        """The extent of numbers that stay as they are when multiplied by the factor and rounded.
 
         ``"all"``, ``"some"``, or None if all numbers change.
         """

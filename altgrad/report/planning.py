@@ -439,9 +439,10 @@ def _round_up(share: float) -> float:
 
 
 def count_recipes(plan: Plan) -> dict[str, list[Planned]]:
-    """Return the layers of a plan by recipe, float32 first, then in the order of the run.
+    """Group the layers of a plan by recipe: by how weights and optimizer states are stored.
 
-    A *recipe* says how weights and optimizer states are stored.
+    Returns:
+        The layers by name of the recipe: float32 first, then in the order of the run.
     """
     names: Iterable[str] = (FP32, *plan.recipes)
     groups = {name: [each for each in plan.layers if each.option.recipe == name] for name in names}

@@ -404,9 +404,12 @@ def _states_as_json(states: Mapping[str, StateSize] | None) -> dict[str, Any] | 
 
 
 def info_as_json(info: FormatInfo | RecipeInfo) -> dict[str, Any]:
-    """Return the description of a format or recipe as a JSON object, without its name.
+    """Convert the description of a format or recipe to a JSON object.
 
     A *recipe* says how weights and optimizer states are stored.
+
+    Returns:
+        The fields by name, without the field ``name``.
     """
     return {name: _value_as_json(each) for name, each in asdict(info).items() if name != "name"}
 

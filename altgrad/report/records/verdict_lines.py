@@ -17,9 +17,12 @@ from altgrad.report.records.kinds import number_as_json
 
 
 def runs_as_json(runs: Mapping[str, RunAdvice]) -> dict[str, dict[str, Any]]:
-    """Return the verdicts on a run as JSON objects, by name of the recipe.
+    """Convert the verdicts on a run to JSON objects.
 
     A *recipe* says how weights and optimizer states are stored.
+
+    Returns:
+        The object of each verdict, by name of the recipe.
     """
     return {name: _convert(each) for name, each in runs.items()}
 
