@@ -87,6 +87,7 @@ def setting() -> dict[str, Any]:
             unwrap_model=lambda model: model,
             trackers=[],
             scaler=None,
+            is_fsdp2=False,
         ),
         "fabric": SimpleNamespace(
             setup=lambda *both: both,

@@ -248,7 +248,8 @@ def _explain_no_lines(proposed: Sequence[RunAdvice]) -> str:
     fine = [each.recipe for each in proposed if each.verdict is Verdict.STORES_FINE]
     if fine:
         are = "is" if len(fine) == 1 else "are"
-        return f"No lines are known for {few(fine)}, which {are} fine: write them as you wrote the recipe."
+        known = f"No lines are known for {few(fine)}, which {are} fine"
+        return f"{known}: write them as you wrote the recipe."
     return "No recipe that was tried is known to be fine."
 
 

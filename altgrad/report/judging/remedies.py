@@ -189,8 +189,8 @@ def _propose_remedies(
     format = (find_format(recipe) if recipe else None) or "bf16"
     remedies = [f"{format}-{end}" for end, other in _ENDS.items() if other != family]
     if untried := [each for each in remedies if each not in recipes]:
-        some, these = ("recipes", "these remedies") if untried[1:] else ("recipe", "this remedy")
-        return f"Add the {some} {' and '.join(untried)} to see what {these} would keep."
+        they = "they" if untried[1:] else "it"
+        return f"Pass {' and '.join(untried)} in recipes, too: {they} may keep more."
     if advice.verdict is Verdict.WATCH:
         return "No remedy that was tried keeps more: watch the loss, or use float32."
     return "No remedy that was tried stores it fine: keep the weights in float32."
