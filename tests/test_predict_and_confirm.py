@@ -100,8 +100,10 @@ def test_gains_are_frozen_where_an_fp32_run_said_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda each: each.name)
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("setting", "seed"),
+    [pytest.param(each, seed, id=each.name) for seed, each in enumerate(SETTINGS)],
+)
 def test_one_run_predicts_others_at_full_length(setting: Setting, seed: int, tmp_path) -> None:
     found = do_runs(setting, seed, 300, tmp_path)
     check = check_scratch if setting is SCRATCH else check_tuned
