@@ -82,7 +82,7 @@ AT_SMALL_RATES = [(name, 1e-5, 0.5) for name in ("torchao-sr", "optimi-kahan")]
 CASES = [
     *AT_SMALL_RATES,
     *(
-        pytest.param(name, 1e-3, 0.04, marks=() if name in PACKED else pytest.mark.slow)
+        pytest.param(name, 1e-3, 0.04, marks=() if name == "torchao-8bit" else pytest.mark.slow)
         for name in LIBRARIES
     ),
 ]
