@@ -20,7 +20,14 @@ from torch import distributed as dist
 
 START = 60.0  # seconds for processes to start on a busy machine
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch.distributed.fsdp", "altgrad", "pytorch_lightning"])
+# What each rank would import again; the names of `altgrad` are imported on first use.
+_PRELOADED = (
+    "torch.distributed.fsdp",
+    "pytest",
+    "altgrad.monitor.monitor",
+    "altgrad_lightning.callback",
+)
+_CONTEXT.set_forkserver_preload([*_PRELOADED])
 _SPAWN = multiprocessing.get_context("spawn")
 _NO_MORE = b""
 

@@ -10,7 +10,7 @@ from altgrad.quantization import FloatFormat
 from tests.oracles import exact_value, largest_code
 
 # No deadline: the first example of a process pays for imports and caches.
-thorough = settings(max_examples=200, deadline=None)
+thorough = settings(max_examples=60, deadline=None)
 
 
 @st.composite

@@ -24,8 +24,13 @@ def run(*arguments: str, setup: str = "") -> subprocess.CompletedProcess[str]:
     )
 
 
+def slow(value: Any) -> Any:
+    """Mark a case slow, as each starts Python."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def test_formats_prints_every_format_in_80_columns() -> None:
-    result = run("formats")
+    result = altgrad("formats")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     rows = {line.split()[0]: " ".join(line.split()) for line in lines if line.strip()}
@@ -38,8 +43,9 @@ def test_formats_prints_every_format_in_80_columns() -> None:
 
 
 def test_the_version_is_printed() -> None:
-    assert (run("--version").returncode, run("--version").stdout) == (0, f"altgrad {__version__}\n")
-    assert "--version" in run("--help").stdout
+    shown = altgrad("--version")
+    assert (shown.returncode, shown.stdout) == (0, f"altgrad {__version__}\n")
+    assert "--version" in altgrad("--help").stdout
 
 
 @pytest.mark.parametrize(
@@ -52,7 +58,7 @@ def test_the_version_is_printed() -> None:
     ],
 )
 def test_a_misspelt_command_is_answered_with_the_nearest(name: str, remedy: str) -> None:
-    failed = run(name, "folder")
+    failed = altgrad(name, "folder")
     assert (failed.returncode, failed.stdout) == (2, "")
     assert "expected one of the commands formats, report, compare" in failed.stderr
     assert failed.stderr.endswith(f"; {remedy}\n")
@@ -60,7 +66,7 @@ def test_a_misspelt_command_is_answered_with_the_nearest(name: str, remedy: str)
 
 
 def test_a_misspelt_option_is_answered_with_the_nearest() -> None:
-    failed = run("report", "folder", "--jsn")
+    failed = altgrad("report", "folder", "--jsn")
     assert failed.returncode == 2
     assert "--json" in failed.stderr
 
@@ -93,7 +99,7 @@ def test_an_entry_point_does_not_replace_a_command_of_the_package() -> None:
 
 
 def test_no_argument_shows_the_help() -> None:
-    result = run()
+    result = altgrad()
     assert "formats" in result.stdout + result.stderr
 
 
@@ -138,14 +144,16 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("run"), ["名前"], ["b\ud800"])
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252", "utf-8"])
+@pytest.mark.parametrize("encoding", [*map(slow, ["latin-1", "cp1252"]), "ascii", "utf-8"])
 def test_a_report_is_printed_in_any_encoding(run_file: Path, encoding: str) -> None:
     result = write_to(subprocess.PIPE, "report", run_file, encoding=encoding)
     assert (result.returncode, result.stderr) == (0, b"")
     assert ("名前" in result.stdout.decode(encoding)) is (encoding == "utf-8")
 
 
-@pytest.mark.parametrize("command", [["compare"], ["formats"], ["--help"], ["report", "--help"]])
+@pytest.mark.parametrize(
+    "command", [["compare"], ["formats"], slow(["--help"]), slow(["report", "--help"])]
+)
 def test_every_command_prints_in_ascii(run_file: Path, command: list[str]) -> None:
     paths = [run_file, run_file] if command == ["compare"] else []
     result = write_to(subprocess.PIPE, *command, *paths, encoding="ascii")
@@ -160,7 +168,7 @@ def test_json_on_stdout_is_utf_8_in_any_encoding(run_file: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has this device")
-@pytest.mark.parametrize("option", ["--layers=0", "--json=-", "--help"])
+@pytest.mark.parametrize("option", ["--layers=0", slow("--json=-"), slow("--help")])
 def test_a_full_disk_behind_stdout_is_one_sentence(run_file: Path, option: str) -> None:
     with Path("/dev/full").open("wb") as full:
         result = write_to(full, "report", run_file, option)

@@ -164,9 +164,14 @@ def norm(tensors):
     return torch.stack([tensor.double().norm() for tensor in tensors]).norm().item()
 
 
-@pytest.fixture
-def watched(tmp_path):
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
     """Record a training by an observer, by the optimizer itself, and before clipping."""
+    with torch.random.fork_rng():
+        return train_watched(tmp_path_factory.mktemp("watched"))
+
+
+def train_watched(folder):
     model = tiny_model()
     optimizer = RecordingAdamW(model.parameters(), lr=1e-2)
     unclipped = Unclipped(model)
@@ -185,7 +190,7 @@ def watched(tmp_path):
         )
 
     observer = StepObserver(model, on_step, strict=True)
-    trainer = make_trainer(model, tmp_path, ObserveSteps(observer), unclipped, optimizer=optimizer)
+    trainer = make_trainer(model, folder, ObserveSteps(observer), unclipped, optimizer=optimizer)
     with observer:
         trainer.train()
     return SimpleNamespace(

@@ -183,7 +183,10 @@ def test_rooms_are_attributes_of_the_package() -> None:
     assert "torch" not in modules_after(statement)
 
 
-@pytest.mark.parametrize("first_use", ["altgrad.UpdateMonitor", "from altgrad import *"])
+@pytest.mark.parametrize(
+    "first_use",
+    [pytest.param("altgrad.UpdateMonitor", marks=pytest.mark.slow), "from altgrad import *"],
+)
 def test_names_can_be_first_used_under_another_default_device(first_use: str) -> None:
     """Check that tensors in modules are on the CPU under any default device."""
     script = f"""
@@ -243,11 +246,23 @@ def test_importing_altgrad_loads_no_heavy_module() -> None:
 
 
 def test_measuring_loads_only_torch_and_numpy() -> None:
-    both = {name.partition(".")[0] for name in modules_after("import torch, numpy")}
+    """Import all in one process, as torch takes seconds, and list the modules after each import."""
+    script = """
+import sys, torch, numpy
+print(*sys.modules)
+from altgrad import UpdateMonitor, WeightStorage, measure, model_figures
+print(*sys.modules)
+from altgrad import *
+print(*sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    both, measuring, every = (
+        {name.partition(".")[0] for name in line.split()} for line in run.stdout.splitlines()
+    )
     assert {"torch", "numpy"} <= both
-    statement = "from altgrad import UpdateMonitor, WeightStorage, measure, model_figures"
-    assert heavy_modules_after(statement) <= both
-    assert heavy_modules_after("from altgrad import *") <= both | {"filelock"}  # for the run file
+    added = sys.stdlib_module_names | STARTED
+    assert measuring - both <= added
+    assert every - both - added <= {"filelock"}  # for the run file
 
 
 NO_TORCH = {"torch", "pytorch_lightning", "lightning", "altgrad_lightning.callback"}

@@ -7,7 +7,13 @@ import torch
 
 from altgrad import SamplingRule, StepRecord, UpdateMonitor
 from tests.devices.simulated import Traffic
-from tests.devices.training import assert_equal_records, make_layers, make_slow_but, step_often
+from tests.devices.training import (
+    assert_equal_records,
+    make_layers,
+    make_pairs,
+    make_slow_but,
+    step_often,
+)
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -37,8 +43,10 @@ def train(
         return records, step_often(model, optimizer, steps), monitor
 
 
-@pytest.mark.parametrize("name", make_slow_but(["sampled"], OPTIONS))
-@pytest.mark.parametrize("dtype", make_slow_but([torch.float32], DTYPES), ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    make_pairs(("sampled", torch.float32), OPTIONS, DTYPES),
+)
 def test_figures_are_those_of_the_cpu(device: torch.device, name: str, dtype: torch.dtype) -> None:
     here, there = (train(where, dtype, **OPTIONS[name])[0] for where in ("cpu", device))
     assert_equal_records(here, there)

@@ -16,12 +16,17 @@ from tests.devices.training import (
     assert_equal_records,
     give_gradients,
     make_layers,
+    make_pairs,
     make_slow_but,
     step_often,
 )
 
 DTYPES = torch.float32, torch.bfloat16
 RECIPES = "bf16", "bf16-true", Recipe("fp8", weights="e4m3fn", states={"*": "bf16"})
+# A step of twins is hundreds of operations, each of which the simulated device hands on in Python.
+mostly_limited = pytest.mark.parametrize(
+    "device", [pytest.param("able", marks=pytest.mark.slow), "limited"], indirect=True
+)
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3),
     "fused": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True),
@@ -48,8 +53,10 @@ def train(
         return records, step_often(model, optimizer, steps), monitor
 
 
-@pytest.mark.parametrize("name", make_slow_but(["AdamW"], OPTIMIZERS))
-@pytest.mark.parametrize("dtype", make_slow_but([torch.float32], DTYPES), ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    make_pairs(("AdamW", torch.float32), OPTIMIZERS, DTYPES[::-1]),
+)
 def test_figures_are_those_of_the_cpu(device: torch.device, name: str, dtype: torch.dtype) -> None:
     here, there = (train(where, OPTIMIZERS[name], dtype=dtype) for where in ("cpu", device))
     assert_equal_records(here[0], there[0])
@@ -130,6 +137,7 @@ def add_gradients(model: nn.Module, step: int) -> None:
     assert traffic.to_device == 0
 
 
+@mostly_limited
 @pytest.mark.parametrize("kind", make_slow_but(["EMA, lists"], ["mean", "EMA", "EMA, lists"]))
 def test_averages_are_those_of_the_cpu(device: torch.device, kind: str) -> None:
     functions: dict[str, dict[str, Any]] = {
@@ -157,6 +165,7 @@ def test_averages_are_those_of_the_cpu(device: torch.device, kind: str) -> None:
     assert here[1] == there[1]
 
 
+@mostly_limited
 def test_running_statistics_of_batchnorm_are_those_of_the_cpu(device: torch.device) -> None:
     def run(place: torch.device | str) -> list[Any]:
         torch.manual_seed(0)
@@ -218,7 +227,7 @@ def test_twins_go_on_from_a_checkpoint_of_another_device(
 def test_a_step_that_is_not_observed_copies_gradients_once_without_float64(
     limited: torch.device,
 ) -> None:
-    _, traffics, _ = train(limited, every_n_steps=10)
+    _, traffics, _ = train(limited, steps=4, every_n_steps=10)
     for traffic in traffics[2:]:
         assert (traffic.to_host, traffic.to_device, traffic.waits.total()) == (1, 0, 0)
 
@@ -226,14 +235,13 @@ def test_a_step_that_is_not_observed_copies_gradients_once_without_float64(
 def test_an_observed_step_copies_gradients_weights_twice_and_what_is_measured(
     limited: torch.device,
 ) -> None:
-    traffic = train(limited)[1][
-        5
-    ]  # the second observed step: the first one makes the twins' memory
+    # The first step makes the twins' memory.
+    traffic = train(limited, steps=2, every_n_steps=1)[1][1]
     assert (traffic.to_host, traffic.to_device, traffic.waits.total()) == (4, 0, 0)
 
 
 def test_a_step_that_is_not_observed_copies_nothing_with_float64(able: torch.device) -> None:
-    _, traffics, _ = train(able, every_n_steps=10)
+    _, traffics, _ = train(able, steps=4, every_n_steps=10)
     for traffic in traffics[2:]:
         assert (traffic.to_host, traffic.to_device, traffic.waits.total()) == (0, 0, 0)
 
@@ -264,6 +272,7 @@ def test_a_run_that_draws_on_its_device_is_found(limited: torch.device) -> None:
     assert run("cpu") == run(limited)
 
 
+@mostly_limited
 def test_a_step_that_a_scaler_skips_moves_no_twin(device: torch.device) -> None:
     def run(place: torch.device | str) -> list[Any]:
         model, records = make_layers().to(place), []
@@ -282,5 +291,5 @@ def test_a_step_that_a_scaler_skips_moves_no_twin(device: torch.device) -> None:
 
 
 def test_an_observed_step_copies_nothing_to_a_device_with_float64(able: torch.device) -> None:
-    traffic = train(able)[1][5]
+    traffic = train(able, steps=3, every_n_steps=1)[1][2]
     assert traffic.to_device == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,6 +36,15 @@ def make_slow_but(quick: Iterable[Any], values: Iterable[Any]) -> list[Any]:
     """Return values for a parametrized test, of which only some are in the quick suite."""
     few = [*quick]
     return [each if each in few else pytest.param(each, marks=pytest.mark.slow) for each in values]
+
+
+def make_pairs(quick: tuple[Any, Any], first: Iterable[Any], second: Iterable[Any]) -> list[Any]:
+    """Return a pair for the quick suite and, for the slow one, each first value with a second."""
+    pairs = zip(first, itertools.cycle(second), strict=False)
+    return [
+        quick,
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in pairs if pair != quick),
+    ]
 
 
 def assert_equal_states(

@@ -16,12 +16,14 @@ from altgrad import UpdateMonitor
 from altgrad.distributed.host_group import HostGroup
 from altgrad.distributed.twin_message import TwinPlan
 from altgrad.measurement.columns import max_count, sum_count
-from altgrad.monitor.scale_state import STEPS_PER_SCALE
+from altgrad.monitor import scale_state
 from altgrad.recipes.names import find_default_recipes
 from tests.distributed.listening import Listening, Said
 from tests.distributed.training import refused
 
-SIZE = 2
+SIZE, MANY = 2, 200
+STEPS_PER_SCALE = 4
+"""The number of steps after which scales are taken again, here."""
 FLOAT64 = 8  # bytes
 FORMATS = {"one": ["bf16"], "four": ["fp16", "bf16", "e4m3fn", "e5m2"]}
 
@@ -49,13 +51,14 @@ def listen(rank: int, layers: int, formats: list[str]) -> dict[str, Said]:
     # The last step is not observed.
     schedule = (lambda index: index < STEPS_PER_SCALE + 1) if layers == 10 else (lambda i: i < 2)
     monitor = UpdateMonitor(net, formats=formats, every_n_steps=schedule, strict=True)
-    during("attach", lambda: monitor.attach(optimizer))
-    during("first", optimizer.step)
-    during("second", optimizer.step)
-    if layers == 10:
-        for _ in range(STEPS_PER_SCALE - 2):
-            optimizer.step()
-        during("refresh", optimizer.step)
+    with mock.patch.object(scale_state, "STEPS_PER_SCALE", STEPS_PER_SCALE):
+        during("attach", lambda: monitor.attach(optimizer))
+        during("first", optimizer.step)
+        during("second", optimizer.step)
+        if layers == 10:
+            for _ in range(STEPS_PER_SCALE - 2):
+                optimizer.step()
+            during("refresh", optimizer.step)
     during("not observed", optimizer.step)
     during("checkpoint", monitor.state_dict)
     assert len(monitor.latest.layers) == layers
@@ -63,7 +66,7 @@ def listen(rank: int, layers: int, formats: list[str]) -> dict[str, Said]:
 
 
 @pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)
-@pytest.mark.parametrize("layers", [10, 1000])
+@pytest.mark.parametrize("layers", [10, MANY])
 def test_an_observed_step_makes_two_all_reduces_and_other_steps_make_none(
     two, layers: int, formats: list[str]
 ) -> None:
@@ -85,8 +88,8 @@ def test_an_observed_step_makes_two_all_reduces_and_other_steps_make_none(
 
 
 def texts(rank: int) -> dict[str, Any]:
-    """Record the texts that 1,000 layers exchange; rank 1 fails in the third step."""
-    net, optimizer = sharded(1000)
+    """Record the texts that many layers exchange; rank 1 fails in the third step."""
+    net, optimizer = sharded(MANY)
     gather, said = HostGroup.gather, {}
 
     def on_record(record: Any) -> None:
@@ -123,7 +126,7 @@ def test_texts_are_exchanged_only_by_calls_between_steps_and_after_an_error(two)
         # of the state of twins.
         flags, twins = said["checkpoint"]
         assert [call for call, _ in (flags, twins)] == ["state_dict()"] * 2
-        assert flags[1] < 1000 * 3 * 16 // 8
+        assert flags[1] < MANY * 3 * 16 // 8
         assert twins[1] < 10
         assert said["numbers"] == ["allreduce", "allreduce"]
         ((call, length),) = said["failed"]

@@ -74,7 +74,7 @@ def observe(rank: int, size: int) -> dict[str, Any]:
 
 @pytest.fixture(
     scope="module",
-    params=[2, 3, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 4))],
+    params=[2, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 3, 4))],
 )
 def observed(request) -> tuple[int, list[dict[str, Any]]]:
     return request.param, run(observe, request.param, request.param)

@@ -176,6 +176,7 @@ def begin_at_zero(rank: int) -> dict[str, Any]:
     return {"amax": amax, "zero": scales["zero"], "order": [*{*amax}]}
 
 
+@pytest.mark.slow
 def test_all_zero_layers_get_the_right_scales_for_any_hash_seed() -> None:
     first, second = run(begin_at_zero, SIZE, hash_seeds=(1, 2))
     assert first["order"] != second["order"]

@@ -13,6 +13,18 @@ from altgrad_lightning import PrecisionMonitor
 from tests.lightning.runs import Attached, Net, batches, count_hooks, trainer
 
 
+@pytest.fixture(autouse=True)
+def _no_pictures_by_default(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Draw no pictures for loggers, which takes longer than a small run, unless a test is marked.
+
+    The marker is ``pictures``; `tests/output` draws them.
+    """
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr("altgrad.output.output.Output._pictures", lambda *_: {})
+
+
 @pytest.fixture
 def attached(tmp_path: Path) -> Iterator[Attached]:
     """Return a function that makes a monitor in mid-training, its Trainer and its module."""

@@ -62,6 +62,7 @@ def costs(folder: Path, *monitors: PrecisionMonitor, **options: object) -> list[
     return found
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize(
     "options",
     [

@@ -82,6 +82,7 @@ def test_fast_dev_run_trains_with_the_callback(tmp_path: Path) -> None:
     assert run.global_step == 2
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_run_that_ends_early_logs_the_last_pictures_and_verdicts(
     tmp_path: Path, error: type[BaseException], monkeypatch: Any

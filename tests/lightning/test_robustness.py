@@ -109,6 +109,7 @@ def test_the_run_file_goes_to_the_root_if_the_logger_has_no_directory(tmp_path: 
     assert steps == [1, 3, 5]
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("strict", [False, True])
 def test_the_run_file_goes_on_if_pictures_cannot_be_drawn(
     tmp_path: Path, monkeypatch: Any, strict: bool
@@ -189,6 +190,7 @@ def test_nan_in_all_weights_is_logged_without_a_warning(tmp_path: Path) -> None:
     assert page(RunReport.from_run(read(monitor.path)))
 
 
+@pytest.mark.pictures
 def test_a_logger_is_dropped_after_an_error_in_its_pictures(
     tmp_path: Path, monkeypatch: Any
 ) -> None:

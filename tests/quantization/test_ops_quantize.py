@@ -92,7 +92,7 @@ def test_quotients_too_small_for_float32_are_not_rounded_first(rounding, exponen
 def test_scales_beyond_float32_equal_brute_force(rounding, exponent):
     scale = 2.0**exponent
     near = torch.ldexp(oracles.critical_inputs(E4M3), torch.tensor(exponent))
-    for x in (near, near.float(), RANDOM[:2000], RANDOM[:2000].double()):
+    for x in (near, near.float(), RANDOM[:300], RANDOM[:300].double()):
         expected = [
             oracles.round_by_brute_force(value, E4M3, rounding, scale=scale) for value in x.tolist()
         ]
@@ -158,9 +158,7 @@ def test_formats_without_subnormals_equal_brute_force(format, dtype, saturate, r
     assert_same_values(actual, torch.tensor(expected, dtype=torch.float64), x)
 
 
-@pytest.mark.parametrize(
-    "format", [pytest.param(f, id=name) for name, f in FORMATS.items() if f.bits <= 8]
-)
+@pytest.mark.parametrize("format", [param for param in EVERY_FORMAT if param.values[0].bits <= 8])
 def test_the_oracles_agree_with_each_other(format):
     x = oracles.critical_inputs(format)
     for rounding in oracles.DETERMINISTIC:

@@ -6,6 +6,7 @@ rows, and must fail exactly in the rows that name them.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -20,16 +21,34 @@ from tests.step_truth.recording import difference
 pytestmark = pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
 
 
-def param(mode: Mode, prefix: str = "") -> object:
+def param(mode: Mode, prefix: str = "") -> Any:
     is_old = not hasattr(pl.callbacks, "EMAWeightAveraging")
     reason = NOT_IN_2_4.get(str(mode), "")
     skip = pytest.mark.skipif(is_old and bool(reason), reason=reason)
     return pytest.param(mode, id=f"{prefix}{mode}", marks=skip)
 
 
-ALL_MODES = [param(mode, "plain: ") for mode in PLAIN_MODES] + [
-    param(mode, "Lightning: ") for mode in LIGHTNING_MODES
-]
+LIGHTNING = [param(mode, "Lightning: ") for mode in LIGHTNING_MODES]
+ALL_MODES = [param(mode, "plain: ") for mode in PLAIN_MODES] + LIGHTNING
+
+
+def keep_quick(params: list[Any], wrong: type[Design]) -> list[Any]:
+    """Keep two of the rows in which a design is wrong, and two others, in the quick suite."""
+    is_wrong = [wrong in param.values[0].wrong for param in params]
+    quick = {params[place].id for word in (True, False) for place in find(is_wrong, word)}
+    slow = pytest.mark.slow
+    return [
+        param
+        if param.id in quick
+        else pytest.param(*param.values, id=param.id, marks=[*param.marks, slow])
+        for param in params
+    ]
+
+
+def find(words: list[bool], word: bool) -> list[int]:
+    """Return the first and the last place of a word."""
+    places = [place for place, each in enumerate(words) if each is word]
+    return [places[0], places[-1]]
 
 
 @pytest.mark.parametrize("mode", ALL_MODES)
@@ -46,7 +65,7 @@ def is_wrong(design: Design, mode: Mode, folder: Path) -> bool:
     return difference(design.seen, journal.steps) is not None
 
 
-@pytest.mark.parametrize("mode", ALL_MODES)
+@pytest.mark.parametrize("mode", keep_quick(ALL_MODES, GradientsAfterTheStep))
 def test_reading_gradients_after_the_step_fails_in_the_rows_that_name_it(
     mode: Mode, tmp_path: Path
 ) -> None:
@@ -54,7 +73,7 @@ def test_reading_gradients_after_the_step_fails_in_the_rows_that_name_it(
     assert wrong == (GradientsAfterTheStep in mode.wrong)
 
 
-@pytest.mark.parametrize("mode", [*map(param, LIGHTNING_MODES)])
+@pytest.mark.parametrize("mode", keep_quick(LIGHTNING, LightningHooks))
 def test_reading_in_lightning_hooks_fails_in_the_rows_that_name_it(
     mode: Mode, tmp_path: Path
 ) -> None:

@@ -20,6 +20,9 @@ SMALL = {
     "perceptron": TASKS["perceptron"],
     "small transformer": Task(lambda: Transformer(depth=1), *symbol_worlds()),
 }
+MOSTLY_PERCEPTRON = [
+    pytest.param(net, marks=() if net == "perceptron" else pytest.mark.slow) for net in SMALL
+]
 
 
 @functools.cache
@@ -37,7 +40,7 @@ def weigh(layers: list[Layer], side: str) -> float:
 
 
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("net", SMALL)
+@pytest.mark.parametrize("net", MOSTLY_PERCEPTRON)
 def test_the_error_of_an_average_in_bf16_is_that_of_a_separate_run(net: str, decay: float) -> None:
     layers = compare(net, decay)
     assert len(layers) >= 4
@@ -47,7 +50,7 @@ def test_the_error_of_an_average_in_bf16_is_that_of_a_separate_run(net: str, dec
         assert layer.fed.ratio == pytest.approx(layer.real_fed.ratio, abs=0.01), layer.name
 
 
-@pytest.mark.parametrize("net", SMALL)
+@pytest.mark.parametrize("net", MOSTLY_PERCEPTRON)
 def test_with_whole_layers_and_the_real_gradients_both_averages_are_equal(net: str) -> None:
     for layer in compare(net, 0.99, steps=10, elements=10**6):
         # A few elements that another processor rounds in another way are allowed for.

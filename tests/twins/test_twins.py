@@ -13,6 +13,7 @@ from altgrad import SamplingRule, UpdateMonitor, WeightStorage, quantize
 from altgrad.recipes import OptimizerMaker, PackedStates, StateParts
 from altgrad.recipes.recipe import Recipe
 from altgrad.twins.self_check import Check
+from tests.combining import combine
 from tests.twins.twinning import Watched, copy_weights, make_net, one_thread, train
 
 on_one_thread = one_thread()
@@ -289,8 +290,7 @@ SCALED = [
 ]
 
 
-@pytest.mark.parametrize("recipes", [None, SCALED], ids=["default", "scaled"])
-@pytest.mark.parametrize("stop", [4, 13])
+@pytest.mark.parametrize(("recipes", "stop"), combine([None, SCALED], [4, 13]))
 def test_a_resumed_run_continues_every_figure_bit_for_bit(recipes: Any, stop: int) -> None:
     def run(stops: bool) -> dict[str, float]:
         net = make_net()

@@ -15,6 +15,7 @@ import torch
 
 from altgrad import Recipe, UpdateMonitor, WeightStorage
 from altgrad.twins.self_check import Check
+from tests.combining import combine
 from tests.twins.low_runs import (
     EVERY,
     OPTIMIZERS,
@@ -30,8 +31,7 @@ from tests.twins.twinning import one_thread
 on_one_thread = one_thread()
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "dtype"), combine(OPTIMIZERS, [torch.bfloat16, torch.float16]))
 def test_a_run_in_16_bits_has_figures_of_itself(name: str, dtype: torch.dtype) -> None:
     run = Run(dtype, OPTIMIZERS[name])
     watched = watch(run, recipes=["e4m3fn"], formats=["e4m3fn"])
@@ -163,8 +163,7 @@ def train_part(kind: str, steps: int, saved: Saved | None) -> tuple[UpdateMonito
     return monitor, Saved(*states, run.index, kept, monitor.state_dict())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("stop", [EVERY, EVERY + 3])
+@pytest.mark.parametrize(("kind", "stop"), combine(KINDS, [EVERY, EVERY + 3]))
 def test_a_resumed_run_goes_on_exactly(kind: str, stop: int) -> None:
     torch.manual_seed(0)
     whole, _ = train_part(kind, 20, None)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from altgrad import Recipe, SamplingRule, UpdateMonitor
 from altgrad.twins.self_check import Check
+from tests.combining import combine
 from tests.twins.twinning import Watched, assert_equal, copy_weights, make_net, one_thread, train
 
 on_one_thread = one_thread()
@@ -45,8 +46,9 @@ def look_ahead(parameters: list[Tensor], index: int) -> None:
             each.data.copy_(each.data * 0.9)
 
 
-@pytest.mark.parametrize("interval", [1, 5])
-@pytest.mark.parametrize("write", [clamp, clamp_counted, prune, look_ahead])
+@pytest.mark.parametrize(
+    ("write", "interval"), combine([clamp, clamp_counted, prune, look_ahead], [1, 5])
+)
 def test_weights_that_are_written_to_again_and_again_are_followed(
     write: Callable[[list[Tensor], int], None], interval: int
 ) -> None:
@@ -158,21 +160,13 @@ def cast_and_back(net: nn.Module, optimizer: Optimizer, saved: Any) -> None:
         train(net, optimizer, 2)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        roll_back,
-        restart,
-        reset_first_moment,
-        reset_one_layer,
-        split_group,
-        replace_parameter,
-        replace_parameter_with_its_state,
-        grow,
-        cast_and_back,
-    ],
+CHANGES = (
+    *(roll_back, restart, reset_first_moment, reset_one_layer, split_group, replace_parameter),
+    *(replace_parameter_with_its_state, grow, cast_and_back),
 )
-@pytest.mark.parametrize("interval", [1, 7])
+
+
+@pytest.mark.parametrize(("change", "interval"), combine(CHANGES, [1, 7]))
 def test_changes_of_states_parameters_and_groups_are_followed(
     change: Callable[..., None], interval: int
 ) -> None:
@@ -229,8 +223,7 @@ def test_a_counter_of_any_name_tells_layers_apart() -> None:
     assert_equal(watched)
 
 
-@pytest.mark.parametrize("interval", [1, 7])
-@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize(("place", "interval"), combine(["before", "after"], [1, 7]))
 def test_a_rate_that_a_hook_of_the_optimizer_changes_is_followed(place: str, interval: int) -> None:
     net = make_net()
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
@@ -275,8 +268,9 @@ def replace_moment(net: nn.Module, optimizer: Optimizer) -> None:
         state["exp_avg"] = torch.zeros_like(state["exp_avg"])
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("change", [round_moments, replace_moment])
+@pytest.mark.parametrize(
+    ("change", "fused"), combine([round_moments, replace_moment], [False, True])
+)
 def test_small_and_uncounted_changes_of_states_are_followed(change: Any, fused: bool) -> None:
     net = make_net()
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3, fused=fused)

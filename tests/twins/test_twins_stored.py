@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from altgrad.monitor.elements import sample_elements
 from altgrad.recipes.recipe import Recipe
 from altgrad.twins.sample import draw_sample
+from tests.combining import combine
 from tests.twins.twinning import Watched, one_thread
 
 on_one_thread = one_thread()
@@ -109,9 +110,10 @@ def test_blocks_of_states_are_those_of_the_layer(shape: tuple[int, ...]) -> None
     assert_equal_to_a_stored_run(recipe, shape, every_n_steps=20)
 
 
-@pytest.mark.parametrize("compensation", [None, "kahan"])
-@pytest.mark.parametrize("scaling", ["tensor", "channel", ("block", 3)], ids=str)
-@pytest.mark.parametrize("every", [1, 10, 20])
+@pytest.mark.parametrize(
+    ("every", "scaling", "compensation"),
+    combine([1, 10, 20], ["tensor", "channel", ("block", 3)], [None, "kahan"]),
+)
 def test_scales_rise_with_weights_that_begin_at_0(
     every: int, scaling: Any, compensation: Any
 ) -> None:

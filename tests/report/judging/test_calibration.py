@@ -218,6 +218,7 @@ def test_a_short_run_gives_rows_like_the_committed_ones(
             assert row["kept"] == pytest.approx(row["real_kept"], abs=0.2)
 
 
+@pytest.mark.slow
 def test_real_ways_really_train_in_bf16() -> None:
     config = configs.Config("logistic", "adamw-999", 1e-2, steps=30, ways="real")
     rows: list[dict[str, Any]] = runs.make_rows(config)[0]
