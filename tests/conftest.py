@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from altgrad.measurement.native_code import CACHE, CHOICE, native_code
+from altgrad.measurement.native_code import CACHE, CHOICE, find_file, native_code
 
 # Small tensors on many threads of a busy machine wait more than they compute.
 torch.set_num_threads(1)
@@ -21,7 +21,7 @@ os.environ.setdefault(CHOICE, "eager")
 def compiled_kernel(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Compile the native kernel, once for all processes of a test run, and return its folder."""
+    """Compile the native kernel, once for all processes of a test run, and return its file."""
     pytest.importorskip("numba")
     cache = getattr(request.config, "cache", None)
     # pytest's cache serves later runs, too; `-p no:cacheprovider` leaves it out.
@@ -34,7 +34,7 @@ def compiled_kernel(
         patch.setenv(CACHE, str(folder))
         patch.setenv(CHOICE, "native")
         native_code.prepare(compiles=True)
-    return folder
+        return find_file()
 
 
 @pytest.fixture(scope="module", params=["eager", "native"])
