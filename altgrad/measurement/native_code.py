@@ -68,6 +68,11 @@ class NativeCode:
         return None if self._function is None or read_choice() == "eager" else self._function
 
     @property
+    def is_loaded(self) -> bool:
+        """True if the kernel is loaded, also if ``ALTGRAD_KERNEL`` switches it off."""
+        return self._function is not None
+
+    @property
     def is_compiling(self) -> bool:
         """True while another process compiles the kernel."""
         return self._thread is not None and self._thread.is_alive()
