@@ -4,7 +4,8 @@
 
 For each size and number of formats, these variants are paired:
 
-- **altgrad engine**: the sums that a monitor needs, on the device, with memory that is reused.
+- **altgrad engine**: the sums that a monitor needs, on the device, with memory that is reused; by
+  the eager kernel, which calls torch, and by the native one, if numba is installed.
 - **altgrad.measure**: also new memory at each call, the copy to the host, and the metrics.
 - **naive**: the same figures as one would write them first; see naive.py.
 - **torch clone of one**: a clone of one of the three tensors (weights before, after, gradient).
@@ -14,6 +15,7 @@ For each size and number of formats, these variants are paired:
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,7 @@ from paired import (
     Seconds,
     Target,
     paired_batches,
+    prepare_kernel,
     print_environment,
     print_table,
     print_targets,
@@ -40,6 +43,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from altgrad import get_format, measure
 from altgrad.measurement.measurer import Measurer
+from altgrad.measurement.native_code import CHOICE, native_code
 from altgrad.quantization.format_set import FormatSet
 
 SIZES = (1e3, 1e4, 1e5, 1e6, 3e7, 1e8)
@@ -51,12 +55,14 @@ MEMORY_SIZE = 4_000_000
 
 LIMIT = "memory limit: three sums"
 NAIVE = "naive"
-EAGER = "altgrad engine"
-MEASURE = "altgrad.measure"
-VARIANTS = ("torch clone of one", LIMIT, NAIVE, EAGER, MEASURE)
+EAGER, NATIVE = "altgrad engine, eager", "altgrad engine, native"
+MEASURE, NATIVE_MEASURE = "altgrad.measure, eager", "altgrad.measure, native"
+VARIANTS = ("torch clone of one", LIMIT, NAIVE, EAGER, NATIVE, MEASURE, NATIVE_MEASURE)
 AT_MOST = {  # nanoseconds per element, one thread, float32, at 1e6 and at 3e7
     (EAGER, 1): 45,
     (EAGER, 4): 130,
+    (NATIVE, 1): 12,
+    (NATIVE, 4): 28,
 }
 TARGET_SIZES = (1_000_000, 30_000_000)
 MEMORY_TARGET_MIB = 16
@@ -85,12 +91,23 @@ def make_variants(step: Step, formats: tuple[str, ...]) -> dict[str, Callable[[]
     variants: dict[str, Callable[[], object]] = {
         "torch clone of one": before.clone,
         LIMIT: lambda: (before.sum(), after.sum(), gradient.sum()),
-        EAGER: lambda: measurer.measure_tensor(*step),
-        MEASURE: lambda: measure(*step, formats=formats),
+        EAGER: by_kernel("eager", lambda: measurer.measure_tensor(*step)),
+        MEASURE: by_kernel("eager", lambda: measure(*step, formats=formats)),
     }
+    if native_code.is_loaded:
+        variants[NATIVE] = by_kernel("native", lambda: measurer.measure_tensor(*step))
+        variants[NATIVE_MEASURE] = by_kernel("native", lambda: measure(*step, formats=formats))
     if before.numel() <= NAIVE_LIMIT:
         variants[NAIVE] = lambda: [naive_figures(*step, format) for format in resolved]
     return variants
+
+
+def by_kernel(kernel: str, run: Callable[[], object]) -> Callable[[], object]:
+    def call() -> object:
+        os.environ[CHOICE] = kernel
+        return run()
+
+    return call
 
 
 def choose_rounds(elements: int, *, quick: bool) -> int:
@@ -179,6 +196,7 @@ def memory_targets() -> list[Target]:
 
     Each call has a new Measurer, so that memory that is allocated once is counted, too.
     """
+    os.environ[CHOICE] = "eager"
     step = ordinary_data(MEMORY_SIZE)
     ordinary = Measurer(FormatSet(FORMATS[1]))
     ordinary.measure_tensor(*ordinary_data(1_000))  # torch allocates constants at first
@@ -199,6 +217,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", type=int, default=tuple(FORMATS), choices=FORMATS)
     arguments = parser.parse_args()
     print_environment()
+    prepare_kernel()
     sizes = [int(s) for s in arguments.sizes if not arguments.quick or s <= QUICK_LIMIT]
     all_cells: list[Cell] = []
     for threads in arguments.threads:

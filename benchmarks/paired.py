@@ -8,7 +8,9 @@ ratios within rounds; times alone belong to one machine on one day.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 import platform
 import random
 import statistics
@@ -23,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from altgrad.measurement.native_code import CHOICE, native_code
 
 MINIMUM_BATCH_SECONDS = 1e-3  # shorter calls are timed in batches of about this length
 SLOW_CALL_SECONDS = 0.1  # longer calls have no untimed call before them
@@ -260,6 +264,14 @@ def environment() -> dict[str, str]:
         "machine": platform.machine(),
         "python": platform.python_version(),
     }
+
+
+def prepare_kernel() -> None:
+    """Load or compile the native kernel, unless ``ALTGRAD_KERNEL=eager`` or numba is missing."""
+    if importlib.util.find_spec("numba"):
+        os.environ.setdefault(CHOICE, "native")
+    native_code.prepare(compiles=True)
+    print(f"kernel: {native_code.describe()}", flush=True)
 
 
 def print_environment() -> None:

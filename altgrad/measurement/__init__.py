@@ -4,6 +4,8 @@ Read the files in the order of the data:
 
 - `columns` names the sums. `kernel` computes them, for rows of elements and every format at once,
   in the memory of `workspace`.
+- `native_kernel` computes the same in machine code, on a CPU with numba. `native_table` says what
+  it reads, `native_compiler` compiles it, `native_code` loads it and `native_rows` calls it.
 - `totals` adds rows up to layers. `chunks` cuts large tensors. `measurer` puts these together, for
   one tensor of any size and for batches of small ones. `ever_moved` keeps flags between steps.
 - `catalogue` lists the metrics, and `metrics` has a formula for each. `intervals` and

@@ -42,19 +42,14 @@ from altgrad.measurement.histogram import (
     OCTAVES,
 )
 from altgrad.measurement.workspace import Buffers
+from altgrad.quantization.binary64 import BIAS, JUST_BELOW_ONE, LARGEST, MANTISSA_BITS
 from altgrad.quantization.grids import (
-    JUST_BELOW_ONE,
-    LARGEST,
     Grids,
     compute_gaps,
     extract_binades,
     round_to_grids,
     view_bits,
 )
-
-# A float64 is  s eeeeeeeeeee m…m : sign (1 bit), exponent + 1023 (11 bits), mantissa (52 bits).
-# https://en.wikipedia.org/wiki/Double-precision_floating-point_format
-_MANTISSA_BITS, _BIAS = 52, 1023
 
 # The order of the results. A name of FORMAT_… stands for one result per format, side by side. Sums
 # of squares are computed as norms, which torch does in one pass, and all squared at the end.
@@ -411,7 +406,7 @@ def _count_octaves(
     """
     # A magnitude has the sign bit 0, so that a shift leaves the biased exponent:
     #   0 eeeeeeeeeee m…m  >> 52  =  eeeeeeeeeee
-    lowest = first + _BIAS
-    exponent = torch.bitwise_right_shift(view_bits(values), _MANTISSA_BITS, out=view_bits(out))
+    lowest = first + BIAS
+    exponent = torch.bitwise_right_shift(view_bits(values), MANTISSA_BITS, out=view_bits(out))
     bins = exponent.clamp_(lowest, lowest + OCTAVES - 1).add_(getattr(histograms, at)).flatten()
     histograms.counts.scatter_add_(0, bins, histograms.ones)

@@ -13,6 +13,7 @@ from torch import Tensor
 from altgrad.measurement.catalogue import NEED_GRADIENT, NEED_TRACKING
 from altgrad.measurement.figures import tensor_figures
 from altgrad.measurement.measurer import Measurer
+from altgrad.measurement.native_code import native_code
 from altgrad.quantization.block_formats import Formats
 from altgrad.quantization.devices import on_exact_device
 from altgrad.quantization.format_set import FormatSet
@@ -82,6 +83,8 @@ def measure(
         (0.0, 1.0)
     """
     judged = FormatSet(formats, scaling)
+    if before.device.type == "cpu":
+        native_code.prepare(compiles=False)  # used where it is compiled already
     row = Measurer(judged).measure_tensor(before, after, gradient)
     figures = tensor_figures(judged.names, row)
     # never_moved_frac is over all observed steps, and there is only one here.

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from altgrad.measurement.chunks import Sample, as_row, slice_flags, split_chunks
-from altgrad.measurement.kernel import EverMoved, Rows, row_sums
+from altgrad.measurement.kernel import EverMoved, Histograms, Rows, row_sums
+from altgrad.measurement.native_code import native_code
+from altgrad.measurement.native_rows import can_measure, native_row_sums
 from altgrad.measurement.totals import Clusters, Layers
 from altgrad.measurement.workspace import BATCH_BYTES, CHUNK_BYTES, Workspace, compute_capacity
 from altgrad.quantization.arguments import check_pair
@@ -193,10 +195,9 @@ class Measurer:
             if not self.formats.is_single:
                 scales = self._compute_element_scales(flat, amaxes, start, shape, sample)
                 grids = self.make_grids(scales.unsqueeze(0), device)
-            buffers = self._workspace.buffers(1, len(self.formats), count, device)
             # The kernel adds counts to the histograms of `layers`; `_add_chunks` adds up the sums.
             part = None if ever is None else slice_flags(ever, start, count)
-            chunk = row_sums(as_row(flat), grids, dtype_grid, buffers, layers.histograms, part)
+            chunk = self._sum_rows(as_row(flat), grids, dtype_grid, layers.histograms, part)
             if has_blocks:
                 layers = layers.add_cluster(chunk[0], count)
             found = chunk if found is None else _add_chunks(found, chunk)
@@ -356,12 +357,39 @@ class Measurer:
             `altgrad.measurement.columns`.
         """
         grids = batch.grids if batch.sharing is None else self._make_element_grids(batch)
-        (rows, _, elements), device = batch.rows.before.shape, batch.rows.before.device
-        buffers = self._workspace.buffers(rows, len(self.formats.names), elements, device)
         histograms = batch.layers.histograms
         histograms.counts.zero_()  # the counts of the previous step
-        found = row_sums(batch.rows, grids, batch.dtype_grid, buffers, histograms, batch.ever)
+        found = self._sum_rows(batch.rows, grids, batch.dtype_grid, histograms, batch.ever)
         return batch.layers.add_up(*found)
+
+    def _sum_rows(
+        self,
+        rows: Rows,
+        grids: Grids | None,
+        dtype_grid: tuple[float, float],
+        histograms: Histograms,
+        ever: EverMoved | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the sums and extrema of rows by the native kernel, if it is loaded, or eagerly.
+
+        The eager kernel alone needs the buffers of the workspace, and measures on all devices.
+
+        Args:
+            rows: Weights and gradients of the elements.
+            grids: The grids of the formats. None without formats.
+            dtype_grid: 2**-M and the smallest normal number of the dtype of the weights.
+            histograms: Counts of elements by octave (power of two); updated in place.
+            ever: Flags that say which elements have moved so far; updated in place.
+
+        Returns:
+            Sums and extrema of each row, as those of `row_sums`.
+        """
+        native = native_code.function
+        if native is not None and can_measure(rows.before):
+            return native_row_sums(native, rows, grids, dtype_grid, histograms, ever)
+        (count, _, elements), device = rows.before.shape, rows.before.device
+        buffers = self._workspace.buffers(count, len(self.formats), elements, device)
+        return row_sums(rows, grids, dtype_grid, buffers, histograms, ever)
 
     def _make_element_grids(self, batch: Batch) -> Grids | None:
         """Make grids of the formats with a scale for each element, from weights of this step."""

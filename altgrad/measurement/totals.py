@@ -322,6 +322,7 @@ def _columns(formats: int) -> list[_Column]:
     return columns
 
 
+@functools.cache  # the list takes longer to make than a small layer to measure
 def _source(formats: int) -> tuple[list[_Column], ...]:
     """List the sums and maxima over elements, such as Σ update², that `Layers.add_up` joins.
 

@@ -40,6 +40,7 @@ from altgrad.measurement.catalogue import NOW
 from altgrad.measurement.ever_moved import EverMovedStore, PackedBits, check_packed_bits
 from altgrad.measurement.measure import DEFAULT_FORMATS
 from altgrad.measurement.measurer import Measurer
+from altgrad.measurement.native_code import native_code
 from altgrad.measurement.step_record import StepRecord, step_record
 from altgrad.measurement.twin_figures import TwinValues
 from altgrad.measurement.twin_parts import TwinShare
@@ -73,6 +74,7 @@ from altgrad.observation.snapshots import Copies, Memory, Request
 from altgrad.observation.step_hooks import find_backward_pass
 from altgrad.observation.stored import get_stored_formats
 from altgrad.quantization.block_formats import Formats, get_formats
+from altgrad.quantization.devices import find_exact_device
 from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.formats import Scaling
 from altgrad.quantization.number_format import NumberFormat
@@ -355,7 +357,14 @@ class UpdateMonitor:
             "versions": {"torch": torch.__version__},
             "now": describe_storage(self._observer.optimizers, self.parameters.values()),
             "optimizers": count_classes(self._observer.optimizers),
+            "kernel": native_code.describe() if self._measures_on_host else "eager",
         }
+
+    @property
+    def _measures_on_host(self) -> bool:
+        """True if the CPU measures some of the layers."""
+        parameters = self._observer.parameters.values()
+        return any(find_exact_device(each.device).type == "cpu" for each in parameters)
 
     def count_elements(self, name: str) -> int:
         """Return the number of elements of a layer that are measured in a step."""
@@ -401,14 +410,21 @@ class UpdateMonitor:
                 GradScaler.
             ValueError: The steps of an optimizer cannot be observed, or ranks differ in layers,
                 settings or states.
-            RuntimeError: A step of an optimizer is in progress.
+            RuntimeError: A step of an optimizer is in progress, or ``ALTGRAD_KERNEL=native`` is set
+                and the native kernel cannot be compiled.
             LostRankError: A rank has not called this method.
         """
         self._observer.registry.read()  # the module may have been sharded since __init__
         peers = self._find_peers()
         if not self._is_sharded and self._observer.is_replica:
             return self
-        peers.attach(lambda: self._observer.check(*optimizers, scaler=scaler))
+
+        def check() -> None:
+            self._observer.check(*optimizers, scaler=scaler)
+            if self._measures_on_host:
+                native_code.prepare(compiles=True)
+
+        peers.attach(check)
         if peers.size > 1 and self._scales_twins:
             self._scale_state.begin(self._stepped(), peers)  # twins make every step from now on
         if self._loaded is not None:

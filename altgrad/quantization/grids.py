@@ -17,24 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from altgrad.quantization.binary64 import EXPONENT_MASK, ROUNDER
 from altgrad.quantization.float_format import FloatFormat
 from altgrad.quantization.kernel import get_arithmetic_dtype, get_grid
-
-LARGEST = 2.0**960
-"""The largest magnitude to round: above it, the sums in `round_to_grids` would overflow float64.
-float32 ends at 2**128."""
-
-# The 11 exponent bits of binary64: s eeeeeeeeeee m…m (52 mantissa bits).
-_EXPONENT_MASK = 0x7FF0_0000_0000_0000
-# The sum x + _ROUNDER · spacing has a unit in the last place of spacing. Thus the addition rounds x
-# to a multiple of spacing, with ties to even, and subtracting _ROUNDER · spacing gives that
-# multiple exactly. Spacing is a power of two, so the products are exact. The factor 1.5 keeps the
-# sum in one binade for negative x, too. T. J. Dekker, "A floating-point technique for extending the
-# available precision", Numerische Mathematik 18 (1971).
-_ROUNDER = 1.5 * 2.0**52
-JUST_BELOW_ONE = 1 - 2.0**-53
-"""The largest float64 below 1. Multiplied by this, a power of two falls just below itself, and any
-other float64 stays between the same two powers of two."""
 
 
 class Grids(NamedTuple):
@@ -222,7 +207,7 @@ def extract_binades(x: Tensor, out: Tensor) -> Tensor:
     Returns:
         `out`, in which 0 and subnormal numbers of float64 give 0.
     """
-    torch.bitwise_and(view_bits(x), _EXPONENT_MASK, out=view_bits(out))
+    torch.bitwise_and(view_bits(x), EXPONENT_MASK, out=view_bits(out))
     return out
 
 
@@ -267,7 +252,7 @@ def round_to_grids(
     for position, smallest_normal in grids.without_subnormals:
         below = (x if x.shape[1] == 1 else x[:, position : position + 1]).abs() < smallest_normal
         spacing[:, position : position + 1].masked_fill_(below, smallest_normal)
-    torch.add(x, spacing, alpha=_ROUNDER, out=out).sub_(spacing, alpha=_ROUNDER)
+    torch.add(x, spacing, alpha=ROUNDER, out=out).sub_(spacing, alpha=ROUNDER)
     for position, bias in grids.without_mantissa:
         # For M = 0 the even multiple is not the even code: a tie lies at 1.5 times the spacing, and
         # the last bit of the code is that of the exponent field.

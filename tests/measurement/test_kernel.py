@@ -1,4 +1,4 @@
-"""The kernel on nine elements, with every sum computed by hand."""
+"""Both kernels on nine elements, with every sum computed by hand."""
 
 import math
 
@@ -18,10 +18,15 @@ from altgrad.measurement.columns import (
     ROW_SUMS,
 )
 from altgrad.measurement.kernel import EverMoved, Rows, row_sums
+from altgrad.measurement.native_code import native_code
+from altgrad.measurement.native_rows import native_row_sums
 from altgrad.measurement.totals import Layers
 from altgrad.measurement.workspace import Workspace
 from altgrad.quantization import E2M1
-from altgrad.quantization.grids import LARGEST, Grids, make_grids
+from altgrad.quantization.binary64 import LARGEST
+from altgrad.quantization.grids import Grids, make_grids
+
+pytestmark = pytest.mark.usefixtures("both_kernels")
 
 NAN = math.nan
 Found = tuple[Tensor, Tensor]
@@ -111,6 +116,10 @@ def measured(
     count, formats = len(rows.before), 0 if grids is None else grids.eps.shape[1]
     counted = torch.ones(count, 3, dtype=torch.float64)
     histograms = Layers.create(torch.arange(count), counted, [True] * formats).histograms
+    native = native_code.function
+    if native is not None:
+        found = native_row_sums(native, rows, grids, FLOAT32, histograms, ever)
+        return found, histograms.counts.view(count, 2 + formats, OCTAVES)
     buffers = Workspace().buffers(count, formats, rows.before.shape[-1], CPU)
     for each in (*buffers.per_format, *buffers.shared, *buffers.stacked):
         each.fill_(NAN)  # the kernel does not read old contents

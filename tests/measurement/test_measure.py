@@ -11,6 +11,8 @@ from altgrad import FloatFormat, measure
 from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS, NEED_TRACKING
 from altgrad.quantization import FORMATS, compute_scale, get_format
 
+pytestmark = pytest.mark.usefixtures("both_kernels")
+
 
 def nearest(value: Fraction, grid: list[Fraction]) -> Fraction:
     """Return the nearest point of a grid by codes 0, 1, 2, …; ties go to the even code."""

@@ -13,6 +13,8 @@ from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.scale_groups import Amaxes
 from tests.measurement.definitions import SCALINGS, SPECIAL, G, V, W, assert_figures, make_key
 
+pytestmark = pytest.mark.usefixtures("both_kernels")
+
 
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 @pytest.mark.parametrize("scaling", SCALINGS, ids=make_key)

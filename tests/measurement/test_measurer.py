@@ -27,6 +27,8 @@ from altgrad.quantization import get_format
 from altgrad.quantization.format_set import FormatSet
 from tests.strategies import thorough
 
+pytestmark = pytest.mark.usefixtures("both_kernels")
+
 FORMATS = [get_format(name) for name in ("bf16", "e4m3fn", "e5m2", "e2m1")]
 UNSCALED = Measurer(FormatSet(FORMATS, None))
 NAMES = tuple(format.name for format in FORMATS)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from altgrad.quantization import FORMATS, FloatFormat
-from altgrad.quantization.grids import LARGEST, Grids, make_grids, round_to_grids
+from altgrad.quantization.binary64 import LARGEST
+from altgrad.quantization.grids import Grids, make_grids, round_to_grids
 from altgrad.quantization.ops import quantize_unbounded
 
 FTZ = FloatFormat("ftz", 3, 2, 3, has_subnormals=False)

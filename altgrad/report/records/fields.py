@@ -184,6 +184,7 @@ HEADER = Fields(
         "recipes": (Table(RECIPE, _MOST_RECIPES), {}),
         "now": (Nullable(RECIPE), None),
         "optimizers": (Table(Whole(1, LARGEST), _MOST_KEYS), {}),
+        "kernel": (Nullable(Text()), None),
     },
 )
 

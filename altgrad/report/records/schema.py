@@ -283,6 +283,8 @@ class Header:
             is how most weights below 32 bits are stored, or most weights if there are none.
         optimizers: The number of optimizers of each class, by module and name of the class; empty
             if unknown.
+        kernel: Which code measured tensors on the CPU: ``"native"``, ``"eager"``, or ``"eager, then
+            native"`` if the native code was still being compiled; None if unknown.
     """
 
     formats: Mapping[str, FormatInfo]
@@ -295,6 +297,7 @@ class Header:
     recipes: Mapping[str, RecipeInfo] = field(default_factory=dict)
     now: RecipeInfo | None = None
     optimizers: Mapping[str, int] = field(default_factory=dict)
+    kernel: str | None = None
 
     def is_like(self, other: Header) -> bool:
         """Return True if both headers have equal formats, scaling, layers, recipes and storage.
@@ -329,6 +332,7 @@ class Header:
             "recipes": {name: info_as_json(each) for name, each in self.recipes.items()},
             "now": self.now and info_as_json(self.now),
             "optimizers": dict(self.optimizers),
+            "kernel": self.kernel,
         }
 
     @classmethod
