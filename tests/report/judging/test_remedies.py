@@ -132,7 +132,7 @@ def test_layers_that_keep_little_are_named_where_the_run_as_a_whole_keeps_much()
         "slow keeps less than half of its progress. Keep those in float32."
     )
     large = make_share(0.02, size=200, moved=0.1, name="large")
-    assert find(slow, large).startswith("slow, large keep less than half of their progress. Add ")
+    assert find(slow, large).startswith("slow, large keep less than half of their progress. Pass ")
     assert find(make_share(0.02, size=200, moved=0.0)) == "Nothing is lost that matters."
 
 
