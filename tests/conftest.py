@@ -37,6 +37,14 @@ def compiled_kernel(
         return find_file()
 
 
+@pytest.fixture(scope="module")
+def native_kernel(compiled_kernel: Path) -> Iterator[None]:
+    """Run the tests of a module with the native kernel; skip them without numba."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CHOICE, "native")
+        yield
+
+
 @pytest.fixture(scope="module", params=["eager", "native"])
 def both_kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the tests of a module with each kernel; the native one is skipped without numba."""

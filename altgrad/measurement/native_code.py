@@ -117,6 +117,11 @@ class NativeCode:
                     f"install 'altgrad[fast]', or unset {CHOICE}"
                 ) from error
 
+    def wait(self) -> None:
+        """Wait until the process that compiles in the background, if there is one, has ended."""
+        if self._thread is not None:
+            self._thread.join()
+
     def _start(self, path: Path) -> None:
         """Compile the kernel in another process, and load it in a thread of this one."""
 
@@ -213,7 +218,12 @@ def read_file(path: Path) -> bytes | None:
 
 
 def write_file(path: Path, code: bytes) -> None:
-    """Write machine code to a file, which appears whole or not at all."""
+    """Write machine code to a file, which appears whole or not at all.
+
+    Args:
+        path: The file; its folder is made.
+        code: An object file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
     try:

@@ -95,7 +95,7 @@ class Grid(NamedTuple):
 
 
 class Special(NamedTuple):
-    """What a format needs that divides by a scale, or that has no subnormals or no mantissa bits.
+    """The constants of a format that divides by a scale, or lacks subnormals or mantissa bits.
 
     Attributes:
         smallest_normal: The smallest normal number of a format without subnormals, otherwise 0.
@@ -112,7 +112,7 @@ class Special(NamedTuple):
 
 
 @intrinsic
-def pointer(_: Any, __: Any, dtype: Any) -> tuple[Any, Callable[..., Any]]:
+def _pointer(_: Any, __: Any, dtype: Any) -> tuple[Any, Callable[..., Any]]:
     """Return an address, int64, as a pointer to numbers of a dtype."""
     target = types.CPointer(dtype.dtype)
 
@@ -123,7 +123,7 @@ def pointer(_: Any, __: Any, dtype: Any) -> tuple[Any, Callable[..., Any]]:
 
 
 @intrinsic
-def add(_: Any, __: Any, ___: Any) -> tuple[Any, Callable[..., Any]]:
+def _add(_: Any, __: Any, ___: Any) -> tuple[Any, Callable[..., Any]]:
     """Return the sum of a total and a term, where terms may be added in any order.
 
     This alone lets the compiler keep several partial sums. All other arithmetic is exact or
@@ -137,7 +137,7 @@ def add(_: Any, __: Any, ___: Any) -> tuple[Any, Callable[..., Any]]:
 
 
 @intrinsic
-def bits(_: Any, __: Any) -> tuple[Any, Callable[..., Any]]:
+def _bits(_: Any, __: Any) -> tuple[Any, Callable[..., Any]]:
     """Return the bits of a float64 as int64. Bits of magnitudes are in the order of these."""
 
     def generate(_: Any, builder: Any, __: Any, values: Any) -> Any:
@@ -147,7 +147,7 @@ def bits(_: Any, __: Any) -> tuple[Any, Callable[..., Any]]:
 
 
 @intrinsic
-def from_bits(_: Any, __: Any) -> tuple[Any, Callable[..., Any]]:
+def _from_bits(_: Any, __: Any) -> tuple[Any, Callable[..., Any]]:
     """Return the float64 with the bits of an int64."""
 
     def generate(_: Any, builder: Any, __: Any, values: Any) -> Any:
@@ -157,7 +157,7 @@ def from_bits(_: Any, __: Any) -> tuple[Any, Callable[..., Any]]:
 
 
 @intrinsic
-def widen(_: Any, __: Any) -> tuple[Any, Callable[..., Any]]:
+def _widen(_: Any, __: Any) -> tuple[Any, Callable[..., Any]]:
     """Return the float32 with the bits of a uint32, as float64."""
 
     def generate(_: Any, builder: Any, __: Any, values: Any) -> Any:
@@ -167,55 +167,55 @@ def widen(_: Any, __: Any) -> tuple[Any, Callable[..., Any]]:
 
 
 @_inline
-def larger(a: Any, b: Any) -> Any:
+def _larger(a: Any, b: Any) -> Any:
     return a if a > b else b  # noqa: FURB136 - numba's max() tests for NaN, too
 
 
 @_inline
-def smaller(a: Any, b: Any) -> Any:
+def _smaller(a: Any, b: Any) -> Any:
     return a if a < b else b  # noqa: FURB136
 
 
 @_inline
-def clamp(x: float, low: float, high: float) -> float:
-    return smaller(larger(x, low), high)
+def _clamp(x: float, low: float, high: float) -> float:
+    return _smaller(_larger(x, low), high)
 
 
 @_inline
-def binade(x: float) -> float:
+def _binade(x: float) -> float:
     """Return the largest power of two up to abs(x); 0 for 0 and subnormal numbers."""
-    return from_bits(bits(x) & EXPONENT_MASK)
+    return _from_bits(_bits(x) & EXPONENT_MASK)
 
 
 @_inline
-def invert(power_of_two: float) -> float:
+def _invert(power_of_two: float) -> float:
     """Return 1 / x for a power of two from 2**-1022 to 2**1022, faster than a division does."""
-    return from_bits((2 * BIAS << MANTISSA_BITS) - bits(power_of_two))
+    return _from_bits((2 * BIAS << MANTISSA_BITS) - _bits(power_of_two))
 
 
 @_inline
-def find_bin(magnitude: float, first: int) -> float:
+def _find_bin(magnitude: float, first: int) -> float:
     """Return the octave of a magnitude, 0 to 63 from 2**first up, as the bits of a float64."""
     lowest = first + BIAS
-    least = from_bits(lowest << MANTISSA_BITS)
-    most = from_bits((lowest + OCTAVES - 1) << MANTISSA_BITS)
-    return from_bits((bits(clamp(magnitude, least, most)) >> MANTISSA_BITS) - lowest)
+    least = _from_bits(lowest << MANTISSA_BITS)
+    most = _from_bits((lowest + OCTAVES - 1) << MANTISSA_BITS)
+    return _from_bits((_bits(_clamp(magnitude, least, most)) >> MANTISSA_BITS) - lowest)
 
 
 # --- the grid of a format
 
 
 @_inline
-def find_spacing(x: float, grid: Grid, special: Special | None) -> float:
+def _find_spacing(x: float, grid: Grid, special: Special | None) -> float:
     """Return the distance between neighbouring grid points at x."""
-    spacing = larger(binade(x) * grid.eps, grid.first_spacing)
+    spacing = _larger(_binade(x) * grid.eps, grid.first_spacing)
     if special is not None:
         spacing = special.smallest_normal if abs(x) < special.smallest_normal else spacing
     return spacing
 
 
 @_inline
-def round_to_grid(x: float, spacing: float, special: Special | None) -> float:
+def _round_to_grid(x: float, spacing: float, special: Special | None) -> float:
     """Return the multiple of the spacing that is nearest to x; ties go to the even one.
 
     Without mantissa bits they go to the even code, whose last bit is that of the exponent field.
@@ -223,7 +223,7 @@ def round_to_grid(x: float, spacing: float, special: Special | None) -> float:
     rounder = ROUNDER * spacing
     rounded = (x + rounder) - rounder
     if special is not None:
-        exponent = (bits(spacing) >> MANTISSA_BITS) - BIAS
+        exponent = (_bits(spacing) >> MANTISSA_BITS) - BIAS
         is_even = ((exponent + special.bias) & 1) == 0
         to_below = (special.no_mantissa != 0) & is_even & (abs(x) == 1.5 * spacing)
         below = -spacing if x < 0 else spacing
@@ -232,9 +232,9 @@ def round_to_grid(x: float, spacing: float, special: Special | None) -> float:
 
 
 @_inline
-def find_gap(stored: float, target_spacing: float, grid: Grid, special: Special | None) -> float:
+def _find_gap(stored: float, target_spacing: float, grid: Grid, special: Special | None) -> float:
     """Return how far a stored value is from the next one on the side of the target."""
-    gap = clamp(binade(stored) * grid.eps, grid.first_spacing, target_spacing)
+    gap = _clamp(_binade(stored) * grid.eps, grid.first_spacing, target_spacing)
     if special is not None:
         least = special.smallest_normal
         from_zero = (least > 0) & (abs(stored) <= least) & (target_spacing >= least)
@@ -246,38 +246,38 @@ def find_gap(stored: float, target_spacing: float, grid: Grid, special: Special 
 
 
 @_inline
-def load(block: Pointer, part: int, address: int, start: int, count: int, dtype: int) -> None:
+def _load(block: Pointer, part: int, address: int, start: int, count: int, dtype: int) -> None:
     """Load numbers of any dtype into a part of the block; 0 if the address is 0."""
     if address == 0:
         for i in range(count):
             block[part + i] = 0.0
     elif dtype == _FLOAT64:
-        doubles = pointer(address, numba.float64)
+        doubles = _pointer(address, numba.float64)
         for i in range(count):
             block[part + i] = doubles[start + i]
     elif dtype == _FLOAT32:
-        floats = pointer(address, numba.float32)
+        floats = _pointer(address, numba.float32)
         for i in range(count):
             block[part + i] = floats[start + i]
     elif dtype == _BFLOAT16:
-        halves = pointer(address, numba.uint16)
+        halves = _pointer(address, numba.uint16)
         for i in range(count):  # a bfloat16 is the upper half of a float32
-            block[part + i] = widen(numba.uint32(halves[start + i]) << numba.uint32(16))
+            block[part + i] = _widen(numba.uint32(halves[start + i]) << numba.uint32(16))
     else:
         # A float16 is s eeeee mmmmmmmmmm. Shifted by 42 bits, its exponent and mantissa are those
         # of a float64 whose bias is 15 instead of 1023.
-        codes = pointer(address, numba.uint16)
+        codes = _pointer(address, numba.uint16)
         for i in range(count):
             code = numba.int64(codes[start + i])
             exponent, mantissa = code & 0x7C00, code & 0x03FF
-            size = from_bits(((code & 0x7FFF) << 42) + ((BIAS - 15) << MANTISSA_BITS))
+            size = _from_bits(((code & 0x7FFF) << 42) + ((BIAS - 15) << MANTISSA_BITS))
             size = mantissa * 2.0**-24 if exponent == 0 else size  # subnormal
             size = _NAN if exponent == 0x7C00 else size  # inf or NaN
             block[part + i] = -size if code & 0x8000 else size
 
 
 @_inline
-def count_bins(block: Pointer, count: int, counters: Pointer, at: int) -> None:
+def _count_bins(block: Pointer, count: int, counters: Pointer, at: int) -> None:
     """Count the bins of a block's elements.
 
     Four elements in turn have counters of their own. One counter could only be raised again once it
@@ -286,13 +286,13 @@ def count_bins(block: Pointer, count: int, counters: Pointer, at: int) -> None:
     fours = count // 4 * 4
     for i in range(0, fours, 4):
         for lane in range(4):
-            counters[at + lane * OCTAVES + bits(block[_BIN + i + lane])] += 1
+            counters[at + lane * OCTAVES + _bits(block[_BIN + i + lane])] += 1
     for i in range(fours, count):
-        counters[at + bits(block[_BIN + i])] += 1
+        counters[at + _bits(block[_BIN + i])] += 1
 
 
 @_inline
-def fold_flags(address: int, block: Pointer, part: int, count: int, otherwise: int) -> int:
+def _fold_flags(address: int, block: Pointer, part: int, count: int, otherwise: int) -> int:
     """Set the flags of elements whose number is not 0, and count the flags that are set.
 
     Args:
@@ -307,7 +307,7 @@ def fold_flags(address: int, block: Pointer, part: int, count: int, otherwise: i
     """
     if address == 0:
         return otherwise
-    flags = pointer(address, numba.uint8)
+    flags = _pointer(address, numba.uint8)
     found = 0
     for i in range(count):
         flag = flags[i] | numba.uint8(block[part + i] != 0)
@@ -317,7 +317,7 @@ def fold_flags(address: int, block: Pointer, part: int, count: int, otherwise: i
 
 
 @_inline
-def sum_layer(
+def _sum_layer(
     block: Pointer,
     length: int,
     dtype_grid: tuple[float, float],
@@ -344,7 +344,7 @@ def sum_layer(
     """
     finite = nonzero_weights = moved = nonzero_gradients = moved_with_gradient = 0
     paired_gradient = weight_sq = update_sq = update_4th = gradient_sq = paired_sq = 0.0
-    most_gradient, least_gradient = 0, bits(_INF)
+    most_gradient, least_gradient = 0, _bits(_INF)
     for i in range(length):
         w, v, g = block[_W + i], block[_V + i], block[_G + i]
         valid = (abs(w) < LARGEST) & (abs(v) < LARGEST) & (abs(g) < LARGEST)  # False for NaN
@@ -354,37 +354,37 @@ def sum_layer(
         d = v - w
         block[_W + i], block[_V + i], block[_G + i], block[_D + i] = w, v, g, d
         block[_LEFT_OUT + i] = 0.0 if valid else _INF
-        block[_BIN + i] = find_bin(abs(w), FIRST_WEIGHTS_OCTAVE)
+        block[_BIN + i] = _find_bin(abs(w), FIRST_WEIGHTS_OCTAVE)
 
         finite += valid
         nonzero_weights += w != 0
         moved += d != 0
         nonzero_gradients += g != 0
         moved_with_gradient += (d != 0) & (g != 0)
-        weight_sq = add(weight_sq, w * w)
-        update_sq = add(update_sq, d * d)
-        update_4th = add(update_4th, (d * d) * (d * d))
-        gradient_sq = add(gradient_sq, g * g)
+        weight_sq = _add(weight_sq, w * w)
+        update_sq = _add(update_sq, d * d)
+        update_4th = _add(update_4th, (d * d) * (d * d))
+        gradient_sq = _add(gradient_sq, g * g)
         # g is paired with the stiffness where w ≠ 0, for the correlation of the two.
         pair = g if w != 0 else 0.0
-        paired_gradient = add(paired_gradient, pair)
-        paired_sq = add(paired_sq, pair * pair)
-        most_gradient = larger(most_gradient, bits(pair))
-        least_gradient = smaller(least_gradient, bits(g if w != 0 else _INF))
-    count_bins(block, count, counters, COUNTERS)
+        paired_gradient = _add(paired_gradient, pair)
+        paired_sq = _add(paired_sq, pair * pair)
+        most_gradient = _larger(most_gradient, _bits(pair))
+        least_gradient = _smaller(least_gradient, _bits(g if w != 0 else _INF))
+    _count_bins(block, count, counters, COUNTERS)
 
     eps, smallest_normal = dtype_grid
     ulps_sum, most_ulps = 0.0, 0
     for i in range(length):
         w, v, d = block[_W + i], block[_V + i], block[_D + i]
         # The unit in the last place is the spacing of the dtype just below max(|w|, |v|).
-        unit = larger(binade(larger(abs(w), abs(v)) * JUST_BELOW_ONE), smallest_normal)
-        ulps = abs(d) * invert(unit) * (1 / eps)
-        ulps_sum = add(ulps_sum, ulps)
-        most_ulps = larger(most_ulps, bits(ulps))
-        block[_BIN + i] = find_bin(ulps, 0)
-    count_bins(block, count, counters, 0)
-    ever_moved = fold_flags(flags, block, _D, count, moved)
+        unit = _larger(_binade(_larger(abs(w), abs(v)) * JUST_BELOW_ONE), smallest_normal)
+        ulps = abs(d) * _invert(unit) * (1 / eps)
+        ulps_sum = _add(ulps_sum, ulps)
+        most_ulps = _larger(most_ulps, _bits(ulps))
+        block[_BIN + i] = _find_bin(ulps, 0)
+    _count_bins(block, count, counters, 0)
+    ever_moved = _fold_flags(flags, block, _D, count, moved)
     gradients = finite if has_gradient else 0
     return (
         (
@@ -398,46 +398,46 @@ def sum_layer(
 
 
 @_inline
-def sum_stiffness(
+def _sum_stiffness(
     block: Pointer, length: int, grid: Grid, special: Special | None
 ) -> tuple[Any, Any, Any]:
     """Sum what follows from the stiffness, the grid's spacing at w. Leave Q(w) and bins in `block`.
 
     Args:
-        block: The numbers of up to 256 elements, as `sum_layer` leaves them.
+        block: The numbers of up to 256 elements, as `_sum_layer` leaves them.
         length: Number of elements, rounded up.
         grid: The constants of the format.
-        special: As in `sum_format`.
+        special: As in `_sum_format`.
 
     Returns:
         Counts, sums, and the maximum and minimum as bits.
     """
     saturated = stored_normal = stored_nonzero = gradient_below = 0
     stiffness_sum = stiffness_gradient = gradient_per_stiffness = stiffness_sq = 0.0
-    most, least = 0, bits(_INF)
+    most, least = 0, _bits(_INF)
     for i in range(length):
         w, g, d = block[_W + i], block[_G + i], block[_D + i]
         scale = 1.0 if special is None else block[_SCALE + i]
         x = w if special is None else w / scale
-        spacing = find_spacing(x, grid, special)
-        stored = round_to_grid(x, spacing, special)  # goes on beyond the top
+        spacing = _find_spacing(x, grid, special)
+        stored = _round_to_grid(x, spacing, special)  # goes on beyond the top
         block[_STORED + i] = stored
         saturated += abs(stored) > grid.top
         stored_normal += abs(stored) >= grid.smallest_normal
         stored_nonzero += stored != 0
 
-        stiffness = smaller(spacing, grid.last_spacing) * scale
-        per_stiffness = invert(stiffness) if special is None else 1 / stiffness
-        block[_BIN + i] = find_bin(abs(d) * per_stiffness, FIRST_STEPS_OCTAVE)
+        stiffness = _smaller(spacing, grid.last_spacing) * scale
+        per_stiffness = _invert(stiffness) if special is None else 1 / stiffness
+        block[_BIN + i] = _find_bin(abs(d) * per_stiffness, FIRST_STEPS_OCTAVE)
         pair = g if w != 0 else 0.0
         weight_stiffness = stiffness if w != 0 else 0.0
-        stiffness_sum = add(stiffness_sum, weight_stiffness)
-        stiffness_sq = add(stiffness_sq, weight_stiffness * weight_stiffness)
-        stiffness_gradient = add(stiffness_gradient, stiffness * pair)
-        gradient_per_stiffness = add(gradient_per_stiffness, pair * per_stiffness)
+        stiffness_sum = _add(stiffness_sum, weight_stiffness)
+        stiffness_sq = _add(stiffness_sq, weight_stiffness * weight_stiffness)
+        stiffness_gradient = _add(stiffness_gradient, stiffness * pair)
+        gradient_per_stiffness = _add(gradient_per_stiffness, pair * per_stiffness)
         gradient_below += (w != 0) & (g < stiffness)
-        most = larger(most, bits(weight_stiffness))
-        least = smaller(least, bits(stiffness if w != 0 else _INF))
+        most = _larger(most, _bits(weight_stiffness))
+        least = _smaller(least, _bits(stiffness if w != 0 else _INF))
     return (
         (saturated, stored_normal, stored_nonzero, gradient_below),
         (stiffness_sum, stiffness_gradient, gradient_per_stiffness, stiffness_sq),
@@ -446,16 +446,16 @@ def sum_stiffness(
 
 
 @_inline
-def sum_updates(
+def _sum_updates(
     block: Pointer, length: int, grid: Grid, special: Special | None
 ) -> tuple[Any, Any, Any]:
     """Sum what the grid keeps of weights and updates. Leave the effective updates in `block`.
 
     Args:
-        block: The numbers of up to 256 elements, as `sum_stiffness` leaves them.
+        block: The numbers of up to 256 elements, as `_sum_stiffness` leaves them.
         length: Number of elements, rounded up.
         grid: The constants of the format.
-        special: As in `sum_format`.
+        special: As in `_sum_format`.
 
     Returns:
         Counts, sums, and the maximum and minimum as bits.
@@ -463,46 +463,46 @@ def sum_updates(
     off_grid = visible = effective_count = 0
     grid_error = grid_error_sq = kept = kept_update_cubed = kept_sq = lost_sq = 0.0
     stochastic_move = stochastic_variance = 0.0
-    most, least = 0, bits(_INF)
+    most, least = 0, _bits(_INF)
     for i in range(length):
         w, v, d, stored = block[_W + i], block[_V + i], block[_D + i], block[_STORED + i]
         scale = 1.0 if special is None else block[_SCALE + i]
         # An update is visible if casts to the format differ before and after it: Q(v) ≠ Q(w).
         y = v if special is None else v / scale
-        shown = round_to_grid(y, find_spacing(y, grid, special), special)
-        shown = clamp(shown, -grid.ceiling, grid.ceiling)
-        stored = clamp(stored, -grid.ceiling, grid.ceiling)
+        shown = _round_to_grid(y, _find_spacing(y, grid, special), special)
+        shown = _clamp(shown, -grid.ceiling, grid.ceiling)
+        stored = _clamp(stored, -grid.ceiling, grid.ceiling)
         visible += shown != stored
 
-        stored = clamp(stored, -grid.top, grid.top)
+        stored = _clamp(stored, -grid.top, grid.top)
         error = abs(w - stored * scale)
-        grid_error = add(grid_error, error)
-        grid_error_sq = add(grid_error_sq, error * error)
+        grid_error = _add(grid_error, error)
+        grid_error_sq = _add(grid_error_sq, error * error)
         off_grid += error != 0
-        most = larger(most, bits(error))
-        least = smaller(least, bits(larger(error, block[_LEFT_OUT + i])))
+        most = _larger(most, _bits(error))
+        least = _smaller(least, _bits(_larger(error, block[_LEFT_OUT + i])))
 
         # The effective update Q(Q(w) + d) − Q(w): how far d moves a weight kept on the grid.
         target = stored + d if special is None else (stored * scale + d) / scale
-        target = clamp(target, -grid.ceiling, grid.ceiling)
-        spacing = find_spacing(target, grid, special)
-        updated = round_to_grid(target, spacing, special)
+        target = _clamp(target, -grid.ceiling, grid.ceiling)
+        spacing = _find_spacing(target, grid, special)
+        updated = _round_to_grid(target, spacing, special)
         rest, moved = target - updated, updated - stored
         # Stochastic rounding takes the target to one of the two points around it.
-        gap = find_gap(stored, spacing, grid, special)
+        gap = _find_gap(stored, spacing, grid, special)
         distance = abs(rest + moved)
-        probability = distance * invert(gap) if special is None else distance / gap
-        stochastic_move = add(stochastic_move, smaller(probability, 1.0))
+        probability = distance * _invert(gap) if special is None else distance / gap
+        stochastic_move = _add(stochastic_move, _smaller(probability, 1.0))
         variance = abs(spacing * rest) - rest * rest
-        stochastic_variance = add(stochastic_variance, variance * scale * scale)
+        stochastic_variance = _add(stochastic_variance, variance * scale * scale)
 
         effective = moved * scale
         block[_STORED + i] = effective
         effective_count += effective != 0
-        kept = add(kept, effective * d)
-        kept_sq = add(kept_sq, (effective * d) * (effective * d))
-        kept_update_cubed = add(kept_update_cubed, effective * (d * d * d))
-        lost_sq = add(lost_sq, (effective - d) * (effective - d))
+        kept = _add(kept, effective * d)
+        kept_sq = _add(kept_sq, (effective * d) * (effective * d))
+        kept_update_cubed = _add(kept_update_cubed, effective * (d * d * d))
+        lost_sq = _add(lost_sq, (effective - d) * (effective - d))
     return (
         (off_grid, visible, effective_count),
         (
@@ -514,7 +514,7 @@ def sum_updates(
 
 
 @_inline
-def sum_format(
+def _sum_format(
     block: Pointer,
     length: int,
     grid: Grid,
@@ -527,11 +527,11 @@ def sum_format(
     """Sum what needs a format.
 
     Args:
-        block: The numbers of up to 256 elements, as `sum_layer` leaves them.
+        block: The numbers of up to 256 elements, as `_sum_layer` leaves them.
         length: Number of elements, rounded up.
         grid: The constants of the format.
         special: None for most formats. Then all spacings are powers of two in the range of
-            `invert`, and the constants are multiplied by the scale.
+            `_invert`, and the constants are multiplied by the scale.
         counters: Counters of all histograms.
         at: Position of the counters of this format's histogram.
         count: Number of elements.
@@ -541,15 +541,15 @@ def sum_format(
     Returns:
         Sums in the order of FORMAT_ROW_SUMS and FORMAT_ROW_SQUARES, and maxima and minima as bits.
     """
-    counts, sums, stiffness_ends = sum_stiffness(block, length, grid, special)
+    counts, sums, stiffness_ends = _sum_stiffness(block, length, grid, special)
     saturated, stored_normal, stored_nonzero, gradient_below = counts
     stiffness, stiffness_gradient, gradient_per_stiffness, stiffness_sq = sums
-    count_bins(block, count, counters, at)
-    (off_grid, visible, effective), update_sums, error_ends = sum_updates(
+    _count_bins(block, count, counters, at)
+    (off_grid, visible, effective), update_sums, error_ends = _sum_updates(
         block, length, grid, special
     )
     grid_error, grid_error_sq, kept, cubed, kept_sq, lost_sq, move, variance = update_sums
-    ever_effective = fold_flags(flags, block, _STORED, count, effective)
+    ever_effective = _fold_flags(flags, block, _STORED, count, effective)
     return (
         (
             *(stiffness, stiffness_gradient, gradient_per_stiffness, float(gradient_below)),
@@ -566,7 +566,7 @@ def sum_format(
 
 
 @_inline
-def find_address(table: Pointer, place: int, row: int, format: int) -> int:
+def _find_address(table: Pointer, place: int, row: int, format: int) -> int:
     """Return the address of a tensor's first element in a row, for one format; 0 if missing."""
     at = 4 * place
     if table[at] == 0:
@@ -575,53 +575,53 @@ def find_address(table: Pointer, place: int, row: int, format: int) -> int:
 
 
 @_inline
-def read(table: Pointer, place: int, row: int, format: int) -> float:
-    return pointer(find_address(table, place, row, format), numba.float64)[0]
+def _read(table: Pointer, place: int, row: int, format: int) -> float:
+    return _pointer(_find_address(table, place, row, format), numba.float64)[0]
 
 
 @_inline
-def read_int(table: Pointer, place: int, row: int, format: int) -> int:
-    return pointer(find_address(table, place, row, format), numba.int64)[0]
+def _read_int(table: Pointer, place: int, row: int, format: int) -> int:
+    return _pointer(_find_address(table, place, row, format), numba.int64)[0]
 
 
 @_inline
-def read_grid(table: Pointer, row: int, format: int) -> Grid:
+def _read_grid(table: Pointer, row: int, format: int) -> Grid:
     return Grid(
-        read(table, _EPS, row, format),
-        read(table, _FIRST, row, format),
-        read(table, _LAST, row, format),
-        read(table, _TOP, row, format),
-        read(table, _CEILING, row, format),
-        read(table, _NORMAL, row, format),
+        _read(table, _EPS, row, format),
+        _read(table, _FIRST, row, format),
+        _read(table, _LAST, row, format),
+        _read(table, _TOP, row, format),
+        _read(table, _CEILING, row, format),
+        _read(table, _NORMAL, row, format),
     )
 
 
 @_inline
-def read_special(table: Pointer, format: int) -> Special:
-    address = find_address(table, _SPECIALS, 0, format)
+def _read_special(table: Pointer, format: int) -> Special:
+    address = _find_address(table, _SPECIALS, 0, format)
     if address == 0:
         return Special(0.0, 0, 0)
-    specials = pointer(address, numba.float64)
+    specials = _pointer(address, numba.float64)
     return Special(specials[0], int(specials[1]), int(specials[2]))
 
 
 @_inline
-def load_scale(
+def _load_scale(
     block: Pointer, table: Pointer, row: int, format: int, start: int, count: int, length: int
 ) -> None:
     """Load the scale of each element of a block; 1 if the constants are multiplied by it."""
-    address = find_address(table, _SCALES, row, format)
+    address = _find_address(table, _SCALES, row, format)
     stride = table[4 * _SCALES + 3] // 8
     for i in range(length):
         block[_SCALE + i] = 1.0
     if address != 0:
-        scales = pointer(address, numba.float64)
+        scales = _pointer(address, numba.float64)
         for i in range(count):
             block[_SCALE + i] = scales[(start + i) * stride]
 
 
 @_inline
-def keep_layer(sums: Pointer, extrema: Pointer, formats: int, found: tuple[Any, Any, Any]) -> None:
+def _keep_layer(sums: Pointer, extrema: Pointer, formats: int, found: tuple[Any, Any, Any]) -> None:
     """Add the sums of a block that need no format to those of its row, and keep the extrema."""
     plain, squares, ends = found
     for k in range(_LAYER_SUMS):
@@ -630,14 +630,14 @@ def keep_layer(sums: Pointer, extrema: Pointer, formats: int, found: tuple[Any, 
     for k in range(_LAYER_SQUARES):
         sums[at + k] += squares[k]
     for k in range(_LAYER_MAXIMA):
-        extrema[k] = larger(extrema[k], from_bits(ends[k]))
+        extrema[k] = _larger(extrema[k], _from_bits(ends[k]))
     at = _LAYER_MAXIMA + formats * _FORMAT_MAXIMA
     for k in range(_LAYER_MINIMA):
-        extrema[at + k] = larger(extrema[at + k], -from_bits(ends[_LAYER_MAXIMA + k]))
+        extrema[at + k] = _larger(extrema[at + k], -_from_bits(ends[_LAYER_MAXIMA + k]))
 
 
 @_inline
-def keep_format(
+def _keep_format(
     sums: Pointer, extrema: Pointer, formats: int, format: int, found: tuple[Any, Any, Any]
 ) -> None:
     """Add the sums of a block for one format to those of its row, and keep the extrema."""
@@ -650,34 +650,34 @@ def keep_format(
         sums[at + k * formats] += squares[k]
     at = _LAYER_MAXIMA + format
     for k in range(_FORMAT_MAXIMA):
-        extrema[at + k * formats] = larger(extrema[at + k * formats], from_bits(ends[k]))
+        extrema[at + k * formats] = _larger(extrema[at + k * formats], _from_bits(ends[k]))
     at += formats * _FORMAT_MAXIMA + _LAYER_MINIMA
     for k in range(_FORMAT_MAXIMA):
-        least = -from_bits(ends[_FORMAT_MAXIMA + k])
-        extrema[at + k * formats] = larger(extrema[at + k * formats], least)
+        least = -_from_bits(ends[_FORMAT_MAXIMA + k])
+        extrema[at + k * formats] = _larger(extrema[at + k * formats], least)
 
 
 @_inline
-def flush_counters(table: Pointer, counters: Pointer, formats: int, row: int) -> None:
+def _flush_counters(table: Pointer, counters: Pointer, formats: int, row: int) -> None:
     """Add the counters to the histograms of a row's layer, and set them to 0."""
-    counts = pointer(table[4 * _COUNTS], numba.float64)
+    counts = _pointer(table[4 * _COUNTS], numba.float64)
     for histogram in range(2 + formats):
         if histogram == 0:
-            first = read_int(table, _ULPS_AT, row, 0) + BIAS
+            first = _read_int(table, _ULPS_AT, row, 0) + BIAS
         elif histogram == 1:
-            first = read_int(table, _WEIGHTS_AT, row, 0) + BIAS + FIRST_WEIGHTS_OCTAVE
+            first = _read_int(table, _WEIGHTS_AT, row, 0) + BIAS + FIRST_WEIGHTS_OCTAVE
         else:
-            first = read_int(table, _STEPS_AT, row, histogram - 2) + BIAS + FIRST_STEPS_OCTAVE
+            first = _read_int(table, _STEPS_AT, row, histogram - 2) + BIAS + FIRST_STEPS_OCTAVE
         for bin in range(OCTAVES):
             at = histogram * COUNTERS + bin
             lanes = counters[at] + counters[at + OCTAVES]
             lanes += counters[at + 2 * OCTAVES] + counters[at + 3 * OCTAVES]
             counts[first + bin] += lanes
-    clear_counters(counters, formats)
+    _clear_counters(counters, formats)
 
 
 @_inline
-def clear_counters(counters: Pointer, formats: int) -> None:
+def _clear_counters(counters: Pointer, formats: int) -> None:
     for i in range((2 + formats) * COUNTERS):
         counters[i] = 0
 
@@ -704,30 +704,30 @@ def row_sums(
         eps: 2**-M for M mantissa bits of the dtype in which the weights are stored.
         smallest_normal: The smallest normal number of this dtype.
     """
-    block = pointer(table[4 * _BLOCK], numba.float64)
-    counters = pointer(table[4 * _COUNTERS], numba.int64)
-    clear_counters(counters, formats)
+    block = _pointer(table[4 * _BLOCK], numba.float64)
+    counters = _pointer(table[4 * _COUNTERS], numba.int64)
+    _clear_counters(counters, formats)
     for row in range(rows):
         # The counters are those of one layer, which mostly has several rows in sequence.
-        if row > 0 and read_int(table, _ULPS_AT, row, 0) != read_int(table, _ULPS_AT, row - 1, 0):
-            flush_counters(table, counters, formats, row - 1)
-        sums = pointer(find_address(table, _SUMS, row, 0), numba.float64)
-        extrema = pointer(find_address(table, _EXTREMA, row, 0), numba.float64)
+        if row > 0 and _read_int(table, _ULPS_AT, row, 0) != _read_int(table, _ULPS_AT, row - 1, 0):
+            _flush_counters(table, counters, formats, row - 1)
+        sums = _pointer(_find_address(table, _SUMS, row, 0), numba.float64)
+        extrema = _pointer(_find_address(table, _EXTREMA, row, 0), numba.float64)
         for k in range(_LAYER_SUMS + _LAYER_SQUARES + formats * (_FORMAT_SUMS + _FORMAT_SQUARES)):
             sums[k] = 0.0
         for k in range(_LAYER_MAXIMA + _LAYER_MINIMA + 2 * formats * _FORMAT_MAXIMA):
             extrema[k] = -_INF
-        gradient = find_address(table, _GRADIENT, row, 0)
-        flags = find_address(table, _MOVED, row, 0)
+        gradient = _find_address(table, _GRADIENT, row, 0)
+        flags = _find_address(table, _MOVED, row, 0)
         for start in range(0, elements, BLOCK):
-            count = smaller(elements - start, BLOCK)
+            count = _smaller(elements - start, BLOCK)
             length = (count + 15) // 16 * 16
-            load(block, _W, find_address(table, _BEFORE, row, 0), start, count, dtype)
-            load(block, _V, find_address(table, _AFTER, row, 0), start, count, dtype)
-            load(block, _G, gradient, start, count, gradient_dtype)
+            _load(block, _W, _find_address(table, _BEFORE, row, 0), start, count, dtype)
+            _load(block, _V, _find_address(table, _AFTER, row, 0), start, count, dtype)
+            _load(block, _G, gradient, start, count, gradient_dtype)
             for i in range(count, length):
                 block[_W + i] = _NAN
-            found = sum_layer(
+            found = _sum_layer(
                 block,
                 length,
                 (eps, smallest_normal),
@@ -736,9 +736,9 @@ def row_sums(
                 flags + start if flags != 0 else 0,
                 gradient != 0,
             )
-            keep_layer(sums, extrema, formats, found)
+            _keep_layer(sums, extrema, formats, found)
             for format in range(formats):
-                sum_for_format(
+                _sum_for_format(
                     table,
                     row,
                     format,
@@ -752,11 +752,11 @@ def row_sums(
                     extrema,
                 )
     if rows > 0:
-        flush_counters(table, counters, formats, rows - 1)
+        _flush_counters(table, counters, formats, rows - 1)
 
 
 @_inline
-def sum_for_format(
+def _sum_for_format(
     table: Pointer,
     row: int,
     format: int,
@@ -770,19 +770,19 @@ def sum_for_format(
     extrema: Pointer,
 ) -> None:
     """Sum a block for one format, by the fast way if the format has no special needs."""
-    grid = read_grid(table, row, format)
-    flags = find_address(table, _EFFECTIVE, row, format)
+    grid = _read_grid(table, row, format)
+    flags = _find_address(table, _EFFECTIVE, row, format)
     flags = flags + start if flags != 0 else 0
     at = (2 + format) * COUNTERS
     is_special = (table[4 * _SCALES] != 0) | (table[4 * _SPECIALS] != 0)
-    if is_special or grid.first_spacing < _SMALLEST_NORMAL:  # too small for `invert`
-        load_scale(block, table, row, format, start, count, length)
-        special = read_special(table, format)
-        found = sum_format(block, length, grid, special, counters, at, count, flags)
-        keep_format(sums, extrema, formats, format, found)
+    if is_special or grid.first_spacing < _SMALLEST_NORMAL:  # too small for `_invert`
+        _load_scale(block, table, row, format, start, count, length)
+        special = _read_special(table, format)
+        found = _sum_format(block, length, grid, special, counters, at, count, flags)
+        _keep_format(sums, extrema, formats, format, found)
     else:
-        found = sum_format(block, length, grid, None, counters, at, count, flags)
-        keep_format(sums, extrema, formats, format, found)
+        found = _sum_format(block, length, grid, None, counters, at, count, flags)
+        _keep_format(sums, extrema, formats, format, found)
 
 
 def make_assembly() -> tuple[str, str]:

@@ -125,8 +125,7 @@ def test_a_failed_compilation_is_logged_once_and_eager_goes_on(
     with caplog.at_level(logging.INFO, "altgrad"):
         for _ in range(3):
             code.prepare(compiles=True)
-            assert code._thread is not None
-            code._thread.join()
+            code.wait()
     (record,) = caplog.records
     assert record.levelno == logging.INFO
     assert "the eager kernel measures: Read-only file system" in record.message
@@ -155,8 +154,7 @@ def test_the_kernel_serves_the_run_that_has_compiled_it(
     monkeypatch.setattr(module, "compile_file", compile_file)
     code = NativeCode()
     code.prepare(compiles=True)
-    assert code._thread is not None
-    code._thread.join()
+    code.wait()
     assert (seen, code.describe()) == (["eager, then native"], "native")
     assert code.function is not None
     monkeypatch.setenv(CHOICE, "eager")

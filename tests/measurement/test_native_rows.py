@@ -11,6 +11,8 @@ from torch import Tensor
 from altgrad.measurement.kernel import EverMoved, Rows, row_sums
 from altgrad.measurement.native_code import native_code
 from altgrad.measurement.native_rows import can_measure, native_row_sums
+
+# `_source` has the order of the kernel's sums, which nothing public tells.
 from altgrad.measurement.totals import Layers, _source
 from altgrad.measurement.workspace import Workspace
 from altgrad.quantization import FloatFormat, get_format
@@ -18,7 +20,7 @@ from altgrad.quantization.binary64 import LARGEST
 from altgrad.quantization.grids import Grids, make_grids
 from tests.strategies import formats as any_formats, thorough
 
-pytestmark = pytest.mark.usefixtures("compiled_kernel")
+pytestmark = pytest.mark.usefixtures("native_kernel")
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -114,8 +116,9 @@ def measure(case: Case, *, native: bool) -> tuple[Tensor, Tensor, Tensor, EverMo
     info = torch.finfo(case.rows.before.dtype)
     arguments = case.rows, case.grids, (info.eps, info.tiny)
     if native:
-        assert native_code._function is not None
-        found = native_row_sums(native_code._function, *arguments, histograms, ever)
+        function = native_code.function
+        assert function is not None
+        found = native_row_sums(function, *arguments, histograms, ever)
     else:
         buffers = Workspace().buffers(rows, count, elements, CPU)
         found = row_sums(*arguments, buffers, histograms, ever)
