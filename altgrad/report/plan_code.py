@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from altgrad.report.answers import is_low
+
 # `write_code` uses these for the formats of single layers; they have no public name.
 from altgrad.report.applying import (
     group_by_pattern,
@@ -25,14 +27,16 @@ from altgrad.report.records.schema import RecipeInfo
 def write_plan_code(run: Run, plan: Plan) -> str:
     """Return Python code that stores each layer as a plan says; empty if all stay in float32.
 
-    The code takes a ``model`` in float32, and a function ``make_optimizer`` of its parameters.
+    The code takes the ``model`` of the run, and a function ``make_optimizer`` of its parameters.
+    If the run stores weights lower, the code converts all to float32 first.
 
     Args:
         run: The run, for the scaling of its formats.
         plan: The plan.
     """
     groups = _group(plan)
-    if not groups:
+    is_lower = is_low(run.layers, {})
+    if not (groups or is_lower):
         return ""
     converted = [recipe for recipe in plan.recipes.values() if recipe.dtype == "bfloat16"]
     storages = {way: each for way, each in groups.items() if way[0] is None}
@@ -41,6 +45,8 @@ def write_plan_code(run: Run, plan: Plan) -> str:
         lines += ["from fnmatch import fnmatchcase\n", "import torch\n"]
     if storages:
         lines.append("from altgrad import SamplingRule, WeightStorage\n")
+    if is_lower:
+        lines.append("model.float()  # the run stores weights lower")
     if converted:
         lines += _write_conversion(plan)
     lines.append("optimizer = make_optimizer(model.parameters())")

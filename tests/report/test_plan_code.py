@@ -84,6 +84,18 @@ def test_a_plan_of_parameters_in_bfloat16_takes_the_memory_that_it_says(tmp_path
     assert sum(each.numel() * each.element_size() for each in tensors) == plan.bytes
 
 
+def test_a_run_in_bfloat16_is_converted_before_its_layers_are_stored(run: Run) -> None:
+    low = {name: replace(each, dtype="bfloat16") for name, each in run.layers.items()}
+    plan = make(run, blocks_0_0_weight="bf16-sr", head_weight="bf16-true")
+    net = Net().to(torch.bfloat16)
+    names: dict[str, Any] = {"model": net, "make_optimizer": make_optimizer}
+    exec(write_plan_code(replace(run, layers=low), plan), names)
+    train(net, names["optimizer"], 2)
+    dtypes = {name: each.dtype for name, each in net.named_parameters()}
+    assert dtypes.pop("head.weight") is torch.bfloat16
+    assert {*dtypes.values()} == {torch.float32}
+
+
 def test_layers_of_equal_names_share_a_pattern(run: Run) -> None:
     both = make(run, blocks_0_0_weight="bf16-sr", blocks_1_0_weight="bf16-sr")
     code = write_plan_code(run, both)

@@ -191,6 +191,8 @@ def _propose_remedies(
     if untried := [each for each in remedies if each not in recipes]:
         they = "they" if untried[1:] else "it"
         return f"Pass {' and '.join(untried)} in recipes, too: {they} may keep more."
+    if advice.verdict is Verdict.STORES_FINE:  # but for some layers, named before
+        return "No other remedy that was tried is fine: keep these layers in float32."
     if advice.verdict is Verdict.WATCH:
         return "No remedy that was tried keeps more: watch the loss, or use float32."
     return "No remedy that was tried stores it fine: keep the weights in float32."

@@ -136,6 +136,18 @@ def test_layers_that_keep_little_are_named_where_the_run_as_a_whole_keeps_much()
     assert find(make_share(0.02, size=200, moved=0.0)) == "Nothing is lost that matters."
 
 
+def test_a_fine_recipe_with_slow_layers_is_not_called_unfit() -> None:
+    large = make_share(0.02, size=200, moved=0.1, name="large")
+    layers = {"bf16-kahan": [make_share(GOOD, size=1000), large], "bf16-sr": [make_share(BAD)]}
+    runs = {name: judge_recipe(name, None, own) for name, own in layers.items()}
+    assert runs["bf16-kahan"].verdict is Verdict.STORES_FINE
+    recipes = {"bf16-kahan": KAHAN, "bf16-sr": SR}
+    assert add_remedies(runs, recipes, layers)["bf16-kahan"].to_do == (
+        "large keeps less than half of its progress. "
+        "No other remedy that was tried is fine: keep these layers in float32."
+    )
+
+
 def test_what_is_left_open_is_measured_longer() -> None:
     open_wide = make_share(GOOD, error=1.0)
     assert advise("bf16", make_recipe(), bf16=open_wide) == (
