@@ -237,9 +237,10 @@ def test_the_end_of_the_process_closes_a_file_without_a_warning(tmp_path, header
     with RunFile.create(tmp_path / "other", header) as other:
         pass
     code = f"""
+from pathlib import Path
 from altgrad.report import RunFile
 from altgrad.report.records.reading import read_header
-file = RunFile.create({str(tmp_path / "own")!r}, read_header({str(other.path)!r}))
+file = RunFile.create({str(tmp_path / "own")!r}, read_header(Path({str(other.path)!r})))
 raise SystemExit(3)
 """
     ended = subprocess.run(
