@@ -423,11 +423,15 @@ class _Layer:
         with editing_on_exact_device(self._parameter.detach()) as weights:
             wanted = weights if lost is None else weights + lost.to(weights.dtype)
             scale = self._update_scales(wanted)
-            stays = None if lost is None else self._find_unstepped(weights, scale, found_inf)
-            earlier = [] if stays is None else [(each, each.clone()) for each in (weights, lost)]
-            store_(weights, self.element, scale, rounding=rounding, generator=generator, lost=lost)
-            for now, before in earlier:
-                now.copy_(torch.where(stays, before, now))
+            if lost is None:
+                store_(weights, self.element, scale, rounding=rounding, generator=generator)
+                return
+            stays = self._find_unstepped(weights, scale, found_inf)
+            earlier = [] if stays is None else [weights.clone(), lost.clone()]
+            store_(weights, self.element, scale, rounding=rounding, lost=lost)
+            if stays is not None:
+                for now, before in zip((weights, lost), earlier, strict=True):
+                    now.copy_(torch.where(stays, before, now))
 
     def _find_unstepped(
         self, weights: Tensor, scale: Tensor | None, found_inf: Tensor | None
