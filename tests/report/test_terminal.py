@@ -85,7 +85,7 @@ def test_notes_take_their_room_from_the_layers_of_the_first_screen() -> None:
     found = make_default_run(40)
     note = "altgrad.jsonl: resumed before step 5, which supersedes 21 lines"
     found = RunReport(replace(found.run, notes=[note, note]), found.assessment)
-    text = print_to_text(lambda console: print_first_screen(found, console), 80)
+    text = print_to_text(lambda console: print_first_screen(found, console), 120)
     assert text.count(note) == 2
     assert len(text.splitlines()) == 24
 
