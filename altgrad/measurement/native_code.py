@@ -276,7 +276,7 @@ def compile_file(path: Path, niceness: int) -> None:
     # are no errors, even if the user's are.
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("NUMBA_", "PYTHONWARNINGS"))}
     kept["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT.parent), kept.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "altgrad.measurement.native_compiler", path, str(niceness)]
+    command = [sys.executable, "-m", "altgrad.measurement.native_compiler", str(path), str(niceness)]
     with subprocess.Popen(  # noqa: S603 - this Python and a module of this package
         command,
         stdin=subprocess.PIPE,  # its end tells the process that this one has ended

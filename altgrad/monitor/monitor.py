@@ -419,10 +419,10 @@ class UpdateMonitor:
         if not self._is_sharded and self._observer.is_replica:
             return self
 
-        def check() -> None:
-            self._observer.check(*optimizers, scaler=scaler)
+        def check() -> Sequence[Optimizer]:
             if self._measures_on_host:
                 native_code.prepare(compiles=True)
+            return self._observer.check(*optimizers, scaler=scaler)
 
         peers.attach(check)
         if peers.size > 1 and self._scales_twins:
