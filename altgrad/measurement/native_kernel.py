@@ -54,7 +54,7 @@ Pointer: TypeAlias = Any
 
 # forceinline: calls disappear, and with them the code for Python exceptions, which would need
 # numba. error_model: a division by 0 gives inf or NaN, as in torch.
-_OPTIONS = {"error_model": "numpy", "forceinline": True}
+_OPTIONS: dict[str, Any] = {"error_model": "numpy", "forceinline": True}
 _inline = numba.njit(**_OPTIONS)
 
 _INF, _NAN = float("inf"), float("nan")
