@@ -124,7 +124,7 @@ def test_with_whole_layers_a_twin_equals_a_real_run_that_rounds_to_nearest(recip
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("recipe", "lr"), zip(LIBRARIES, itertools.cycle([1e-5, 1e-4, 1e-3])), indirect=["recipe"]
+    ("recipe", "lr"), [*zip(LIBRARIES, itertools.cycle([1e-5, 1e-4, 1e-3]))], indirect=["recipe"]
 )
 def test_compiled_by_a_compiler_twins_predict_real_runs(recipe: str, lr: float) -> None:
     task = TASKS["perceptron"]
