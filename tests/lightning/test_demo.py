@@ -73,7 +73,7 @@ def test_two_runs_in_one_folder_have_their_own_reports(
     monkeypatch.setattr(logger, "_get_next_version", lambda _: 0)
     for seed in range(2):
         demo(steps=10, folder=tmp_path, seed=seed)
-    kinds = {"altgrad": "jsonl", "report": "html", "formats": "png"}
+    kinds = {"altgrad": "jsonl", "report": "html", "recipes": "png"}
     expected = {f"{name}{n}.{kind}" for name, kind in kinds.items() for n in ("", "-2")}
     assert expected <= {path.name for path in tmp_path.glob("version_0/*")}
 

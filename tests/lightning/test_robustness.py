@@ -159,6 +159,7 @@ def test_layers_may_have_any_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.pictures
 @pytest.mark.default_twins
 def test_two_thousand_layers_make_at_most_80_scalars(tmp_path: Path) -> None:
     names = [f"blocks_{k}_attention_query_key_value_weight" for k in range(2000)]
