@@ -57,10 +57,7 @@ class TwinPlan(NamedTuple):
 
     @property
     def max_count(self) -> int:
-        """The number of maxima of a layer: 1, the result of its self-check; 0 without recipes.
-
-        A *recipe* says how weights and optimizer states are stored.
-        """
+        """The number of maxima of a layer: 1, the result of its self-check; 0 without recipes."""
         return 1 if self.recipes else 0
 
     @property
@@ -108,8 +105,6 @@ class TwinMessage:
 
     def pack(self, share: TwinShare, rows: Mapping[str, int]) -> None:
         """Write the sums of this rank's twins to the arrays.
-
-        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
 
         Args:
             share: The sums of this rank. Layers that have no row are left out.
@@ -178,8 +173,6 @@ class TwinMessage:
 
     def unpack(self, layers: Mapping[str, int], populations: Mapping[str, int]) -> TwinShare:
         """Read the sums of all ranks' twins from the arrays, once the caller reduced them.
-
-        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
 
         Args:
             layers: The row of each layer that the optimizer stepped.

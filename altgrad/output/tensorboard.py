@@ -60,10 +60,7 @@ class TensorBoardRuns:
         return type(self._logger).__name__
 
     def log_row(self, row: Row) -> None:
-        """Write the numbers of a step, each to the run of its format or recipe.
-
-        A *recipe* says how weights and optimizer states are stored.
-        """
+        """Write the numbers of a step, each to the run of its format or recipe."""
         own: dict[str, float] = {}
         for tag, name, value in _list_tags(row):
             writer = None if name in ("", NOW) else self._find_writer(name)
@@ -74,10 +71,7 @@ class TensorBoardRuns:
         self._logger.log_metrics(own, step=row.step)
 
     def close(self) -> None:
-        """Close the runs of formats and recipes, and leave that of the user open.
-
-        A *recipe* says how weights and optimizer states are stored.
-        """
+        """Close the runs of formats and recipes, and leave that of the user open."""
         _close(self._writers)
         self._writers.clear()
 

@@ -52,8 +52,6 @@ BNB = Library("bitsandbytes", "bitsandbytes.optim", ("AdamW8bit",))
 def import_library(recipe: str) -> None:
     """Import the library with which a recipe of `LIBRARY_RECIPES` steps.
 
-    A *recipe* says how weights and optimizer states are stored.
-
     Args:
         recipe: Name of the recipe.
 

@@ -32,6 +32,7 @@ def store_(
     rounding: StorageRounding = "nearest_even",
     generator: torch.Generator | None = None,
     lost: Tensor | None = None,
+    stays: Tensor | None = None,
 ) -> None:
     """Round a tensor to the values of a format, in place.
 
@@ -48,7 +49,11 @@ def store_(
         generator: The random number generator for ``"stochastic"``, on the device of the weights.
         lost: The rounding errors that Kahan summation keeps, bfloat16, the shape of the weights.
             They are added before the weights are rounded, and replaced by the new errors.
+        stays: A mask of weights that no step has changed since they were rounded, bool, the shape
+            of the weights: they and their errors stay. An error of almost half a spacing is half a
+            spacing in bfloat16; added again, it would move the weight. None if all may change.
     """
+    before = weights.clone() if stays is not None else None
     if lost is not None:
         weights.add_(lost.to(weights.dtype))
     divisor = 1.0 if scale is None else scale
@@ -58,7 +63,10 @@ def store_(
     is_inf = weights.isinf()
     if lost is not None:
         rounded = torch.where(is_inf, weights, rounded)
-        lost.copy_(_limit(weights - rounded, element, scale).nan_to_num_(0.0))  # inf − inf is NaN
+        errors = _limit(weights - rounded, element, scale).nan_to_num_(0.0)  # inf − inf is NaN
+        if stays is not None and before is not None:
+            rounded, errors = torch.where(stays, before, rounded), torch.where(stays, lost, errors)
+        lost.copy_(errors)
         weights.copy_(rounded)
     elif rounded.dtype == weights.dtype:
         torch.where(is_inf, weights, rounded, out=weights)

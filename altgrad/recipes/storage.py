@@ -424,21 +424,22 @@ class _Layer:
             wanted = weights if lost is None else weights + lost.to(weights.dtype)
             scale = self._update_scales(wanted)
             stays = None if lost is None else self._find_unstepped(weights, scale, found_inf)
-            kept = [] if lost is None or stays is None else [weights, lost]
-            earlier = [each.clone() for each in kept]
-            store_(weights, self.element, scale, rounding=rounding, generator=generator, lost=lost)
-            for now, before in zip(kept, earlier, strict=True):
-                assert stays is not None
-                now.copy_(torch.where(stays, before, now))
+            store_(
+                weights,
+                self.element,
+                scale,
+                rounding=rounding,
+                generator=generator,
+                lost=lost,
+                stays=stays,
+            )
 
     def _find_unstepped(
         self, weights: Tensor, scale: Tensor | None, found_inf: Tensor | None
     ) -> Tensor | None:
         """Return a mask of weights that a step has left as they were stored; None if it has none.
 
-        These are values of the format in a layer without a gradient, or in a skipped step. Their
-        errors of Kahan summation stay, too. An error of almost half a spacing is half a spacing in
-        bfloat16: added again, it would move the weight.
+        These are values of the format in a layer without a gradient, or in a skipped step.
         """
         has_gradient = self._parameter.grad is not None
         if has_gradient and found_inf is None:

@@ -92,10 +92,7 @@ class RunRow(NamedTuple):
 
 
 def list_rows(runs: Mapping[str, RunAdvice]) -> list[RunRow]:
-    """Return the table of recipes: a row of texts for each verdict on the run.
-
-    A *recipe* says how weights and optimizer states are stored.
-    """
+    """Return the table of recipes: a row of texts for each verdict on the run."""
     return [_make_row(each) for each in runs.values()]
 
 
@@ -306,8 +303,6 @@ def _list_dtypes(dtypes: Counter[str]) -> str:
 
 def list_actions(runs: Mapping[str, RunAdvice]) -> list[str]:
     """Return what to do about the recipes that are not fine, a line for each group of recipes.
-
-    A *recipe* says how weights and optimizer states are stored.
 
     Recipes with the same layers and the same remedy share a line. There are at most five lines.
     """

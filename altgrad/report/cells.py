@@ -205,8 +205,6 @@ def _find_short_marks(advice: Advice) -> str:
 def cell_text(advice: Advice | None) -> str:
     """Return the text of a table's cell for a layer in a recipe, such as ``fine 0.99``.
 
-    A *recipe* says how weights and optimizer states are stored.
-
     The text is empty if `advice` is None. Otherwise it has the verdict in one word, the share of
     the progress that is kept, and the mark of `find_mark`. A ``*`` follows a share of single
     updates.

@@ -204,9 +204,9 @@ def _show(
     chosen = [(path, make_text) for path, make_text in outputs if path is not None]
     files = [path for path, _ in chosen if path != _TERMINAL]
     inputs = [path for run in runs for path in (run.path, *run.predecessors)]
-    if obstacle := find_obstacle(files):
+    if obstacle := find_obstacle(files, inputs):
         _fail(obstacle)
-    if not force and (refusal := find_refusal(files, inputs)):
+    if not force and (refusal := find_refusal(files)):
         _fail(f"{refusal}; choose another file, or pass --force")
     # Made before anything is printed: a library may be missing.
     texts = [(path, make_text()) for path, make_text in chosen]

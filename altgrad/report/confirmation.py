@@ -165,10 +165,7 @@ class Confirmation:
 
     @property
     def heading(self) -> str:
-        """The line above a table: the recipe, what stands beside what, and the step.
-
-        A *recipe* says how weights and optimizer states are stored.
-        """
+        """The line above a table: the recipe, what stands beside what, and the step."""
         steps = {layer.step for layer in self.layers}
         when = f"at step {max(steps):,}" if steps else "at no step that both observed"
         return f"{self.recipe}: what A predicts, and what really happens in B, {when}"

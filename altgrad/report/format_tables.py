@@ -73,10 +73,7 @@ def count_bytes(format: NumberFormat) -> float:
 
 
 def print_formats(console: Console) -> None:
-    """Print tables of formats, of block formats and of recipes, in at most 80 columns.
-
-    A *recipe* says how weights and optimizer states are stored.
-    """
+    """Print tables of formats, of block formats and of recipes, in at most 80 columns."""
     console.print(_make_format_table())
     console.print(_make_block_table())
     console.print(_make_recipe_table())

@@ -62,8 +62,6 @@ class _Library(NamedTuple):
 def find_library(recipe: RecipeInfo) -> str | None:
     """Return the short name by which this file finds the lines of code for a recipe.
 
-    A *recipe* says how weights and optimizer states are stored.
-
     A recipe that no library can train has None.
 
     Args:
@@ -99,8 +97,6 @@ def write_library_lines(
     is_fused: bool = False,
 ) -> list[Lines]:
     """Write the lines that train as a recipe says.
-
-    A *recipe* says how weights and optimizer states are stored.
 
     Args:
         recipe: The description of the recipe.
@@ -150,8 +146,6 @@ def _list_left_out(makers: Mapping[Maker, int], *, is_fused: bool) -> list[str]:
 
 def explain_no_library(recipe: RecipeInfo, makers: Mapping[Maker, int]) -> str:
     """Write why no library has the lines of a recipe, in one sentence.
-
-    A *recipe* says how weights and optimizer states are stored.
 
     Args:
         recipe: The description of the recipe.

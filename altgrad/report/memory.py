@@ -85,18 +85,12 @@ class Memory:
 
     @property
     def saved(self) -> float:
-        """Bytes that the recipe saves against float32; below 0 if it takes more, NaN if unknown.
-
-        A *recipe* says how weights and optimizer states are stored.
-        """
+        """Bytes that the recipe saves against float32; below 0 if it takes more, NaN if unknown."""
         return self.fp32 - self.bytes.total
 
     @property
     def saved_share(self) -> float:
-        """The share of float32's bytes that the recipe saves; NaN if unknown.
-
-        A *recipe* says how weights and optimizer states are stored.
-        """
+        """The share of float32's bytes that the recipe saves; NaN if unknown."""
         return self.saved / self.fp32 if self.fp32 else math.nan
 
     @property
@@ -109,8 +103,6 @@ def measure_memory(
     layers: Mapping[str, LayerInfo], recipes: Mapping[str, RecipeInfo]
 ) -> dict[str, Memory]:
     """Return the memory of a run by recipe, in the order of the recipes.
-
-    A *recipe* says how weights and optimizer states are stored.
 
     The run as it is, ``now``, comes first if it takes other memory than float32.
 
@@ -291,8 +283,6 @@ def format_bytes(size: float) -> str:
 def format_saved(share: float) -> str:
     """Return the share of float32's memory that a recipe saves, for the column of a table.
 
-    A *recipe* says how weights and optimizer states are stored.
-
     It is ``33 %``, ``unknown``, or below 0 if the recipe takes more than float32.
 
     Args:
@@ -304,10 +294,7 @@ def format_saved(share: float) -> str:
 
 
 def describe_saved(memory: Memory) -> str:
-    """Return what a recipe saves in a phrase, such as ``saves 2.58 of 7.73 MB (33 %)``.
-
-    A *recipe* says how weights and optimizer states are stored.
-    """
+    """Return what a recipe saves in a phrase, such as ``saves 2.58 of 7.73 MB (33 %)``."""
     if math.isnan(memory.saved_share):
         return "memory unknown"
     whole = format_bytes(memory.fp32)

@@ -56,8 +56,6 @@ NOTE = (
 def print_memory(report: RunReport, console: Console) -> None:
     """Print a table of the memory that each recipe takes, and what it saves against float32.
 
-    A *recipe* says how weights and optimizer states are stored.
-
     Args:
         report: Report of the run.
         console: Console to print on.
@@ -83,10 +81,7 @@ def print_memory(report: RunReport, console: Console) -> None:
 
 
 def is_known(found: Mapping[str, Memory]) -> bool:
-    """Return True if the memory of a run in float32, with which recipes compare, is known.
-
-    A *recipe* says how weights and optimizer states are stored.
-    """
+    """Return True if the memory of a run in float32, with which recipes compare, is known."""
     return any(not math.isnan(each.fp32) for each in found.values())
 
 
@@ -114,8 +109,6 @@ def write_memory(run: Run, found: Mapping[str, Memory]) -> str:
 def tabulate_memory(found: Mapping[str, Memory]) -> tuple[list[str], list[list[str]]]:
     """Return the table of the memory by recipe; parts that all recipes lack have no column.
 
-    A *recipe* says how weights and optimizer states are stored.
-
     Args:
         found: The memory by recipe.
 
@@ -140,8 +133,6 @@ def tabulate_memory(found: Mapping[str, Memory]) -> tuple[list[str], list[list[s
 
 def memory_as_json(run: Run) -> dict[str, Any]:
     """Return the memory of a run by recipe as JSON values, NaN as None.
-
-    A *recipe* says how weights and optimizer states are stored.
 
     Returns:
         Under ``fp32_bytes`` and ``parameters`` those of the observed layers. Under ``recipes``, by

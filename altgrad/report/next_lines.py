@@ -62,8 +62,6 @@ class NextLine(NamedTuple):
 def write_next(run: RunDescription, runs: Mapping[str, RunAdvice]) -> str:
     """Write which recipe to train with next, what it keeps and saves; empty without one.
 
-    A *recipe* says how weights and optimizer states are stored.
-
     Args:
         run: The run, or the header of its file.
         runs: Verdicts on the run, by recipe.

@@ -29,15 +29,28 @@ _REPORT = re.compile(
 _HEAD = 2**16  # bytes; longer than any path in the beginning of JSON
 
 
-def find_obstacle(paths: Iterable[Path]) -> str | None:
+def find_obstacle(paths: Sequence[Path], inputs: Iterable[Path] = ()) -> str | None:
     """Return why a file cannot be written, with the remedy; None if all files can be written.
 
     The folder of a new file must exist and be writable. An existing file must be writable, and no
-    folder.
+    folder. A file that was read is never written, and no file twice.
+
+    Args:
+        paths: The files to write.
+        inputs: The files that were read.
     """
+    inputs = [*inputs]
+    names: set[str] = set()
     for path in paths:
+        if any(_is_same_file(path, each) for each in inputs):
+            return f"{path}: expected another file than the run file that is read; choose one"
         if found := _describe_obstacle(path):
             return f"{path}: file cannot be written: {found}"
+        # Some file systems ignore case, also in names of files that are still missing.
+        name = os.path.realpath(path).casefold()
+        if name in names:
+            return f"{path}: expected a file of its own for each output, got the same file twice"
+        names.add(name)
     return None
 
 
@@ -59,37 +72,27 @@ def _describe_obstacle(path: Path) -> str:
     return f"the folder {folder} is missing; make it first"
 
 
-def find_refusal(paths: Sequence[Path], inputs: Iterable[Path]) -> str | None:
-    """Return why a file must not be written; None if all files may be written.
+def find_refusal(paths: Iterable[Path]) -> str | None:
+    """Return why a file should not be written; None if all files may be written.
 
     Files that are missing or empty, reports of AltGrad, and devices such as ``/dev/null`` may be
-    written. Files that were read, and all other files, are refused. So is the name of a run file,
-    because a reader of the folder would take the new file for the newest run.
+    written. All other files are refused. So is the name of a run file, because a reader of the
+    folder would take the new file for the newest run.
 
     Args:
         paths: The files to write.
-        inputs: The files that were read.
 
     Returns:
         A sentence about the first file that is refused, without the remedy and the full stop.
     """
-    inputs = [*inputs]
-    names: set[str] = set()
     for path in paths:
-        # Some file systems ignore case, also in names of files that are still missing.
-        name = os.path.realpath(path).casefold()
-        if name in names:
-            return f"{path}: expected a file of its own for each output, got the same file twice"
-        names.add(name)
-        if found := _describe_loss(path, inputs):
+        if found := _describe_loss(path):
             return f"{path}: expected a new file or a report of AltGrad, got {found}"
     return None
 
 
-def _describe_loss(path: Path, inputs: Iterable[Path]) -> str | None:
+def _describe_loss(path: Path) -> str | None:
     """Return in words what overwriting a file would destroy; None if it may be overwritten."""
-    if any(_is_same_file(path, each) for each in inputs):
-        return "the run file that is read"
     if is_run_file_name(path.name):
         return "the name of a run file"
     try:

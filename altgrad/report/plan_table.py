@@ -49,8 +49,6 @@ _UNWEIGHTED = (
 def print_plan(run: Run, plan: Plan, console: Console, most_layers: int | None = None) -> None:
     """Print a plan: its memory and progress, the recipe of each layer, and code that applies it.
 
-    A *recipe* says how weights and optimizer states are stored.
-
     Args:
         run: The run.
         plan: The plan.
@@ -148,10 +146,7 @@ def write_result(plan: Plan) -> str:
 
 
 def list_notes(plan: Plan) -> list[str]:
-    """Return what a plan assumes, and which recipes it could not use, in sentences.
-
-    A *recipe* says how weights and optimizer states are stored.
-    """
+    """Return what a plan assumes, and which recipes it could not use, in sentences."""
     reasons: dict[str, list[str]] = {}
     for name, why in plan.left_out.items():
         reasons.setdefault(why, []).append(name)

@@ -87,8 +87,6 @@ class Planned(NamedTuple):
 class Plan:
     """A choice of a recipe for each layer, with the memory and the progress that it comes to.
 
-    A *recipe* says how weights and optimizer states are stored.
-
     Attributes:
         budget: Share of float32's bytes that the plan may take.
         layers: The layers, in the order of the run.
@@ -122,10 +120,7 @@ class Plan:
 
     @property
     def chosen(self) -> dict[str, str]:
-        """The name of the recipe by layer.
-
-        A *recipe* says how weights and optimizer states are stored.
-        """
+        """The name of the recipe by layer."""
         return {each.layer: each.option.recipe for each in self.layers}
 
 

@@ -81,8 +81,6 @@ def _write_steps(report: RunReport) -> str:
 def print_legends(report: RunReport, console: Console) -> None:
     """Print what the figures of recipes mean, and what a forward pass sees of the updates.
 
-    A *recipe* says how weights and optimizer states are stored.
-
     Args:
         report: Report of the run.
         console: Console to print on.

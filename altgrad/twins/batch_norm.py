@@ -69,10 +69,7 @@ class BatchStatistic:
 
     @property
     def is_low(self) -> bool:
-        """True if a module keeps the statistic in 16 bits, from which twins cannot follow it.
-
-        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
-        """
+        """True if a module keeps the statistic in 16 bits, from which twins cannot follow it."""
         kept = [getattr(each, self.name) for each in self._modules.values()]
         return any(e is not None and e.dtype.itemsize < torch.float32.itemsize for e in kept)
 

@@ -134,8 +134,6 @@ class LaneAverages:
     def _begin(self, average: RunAverage | BatchStatistic) -> None:
         """Begin to follow an average of the training's weights: twins update theirs when it does.
 
-        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
-
         Args:
             average: The average of the training's weights, or a running statistic of BatchNorm.
         """

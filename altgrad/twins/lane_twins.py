@@ -92,8 +92,6 @@ class LaneTwins:
     def all(self) -> list[Twin]:
         """The reference twin, the baseline if there is one, and the twins of the recipes.
 
-        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
-
         The reference twin steps as the training does; the baseline steps in float32.
         """
         others = [] if self._baseline is None else [self._baseline]

@@ -152,8 +152,6 @@ class OptimizerTwin(Twin):
     def has_state(self, name: str, state: Mapping[str, Any], layer: Sampled) -> bool:
         """Return True if a layer has the same optimizer state in the twin as in the training.
 
-        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
-
         Small differences of rounding are allowed.
 
         Args:
@@ -244,8 +242,6 @@ class OptimizerTwin(Twin):
     def step(self, gradients: Gradients) -> None:
         """Step the twin's optimizer, and round weights and states to the formats of the recipe.
 
-        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
-
         A step that a GradScaler skips on the device has no effect on the twin: a fused optimizer
         skips it itself, and with another the step is undone.
 
@@ -267,32 +263,25 @@ class OptimizerTwin(Twin):
             self._counts_on_host = before != self._copy_host_numbers()
             self._undone_for = gradients.present
         self._store_states()
-        lost = self.tensors.lost
-        with self._keeping_errors(gradients) if len(lost) else nullcontext():
-            self._store(self.tensors.weights, self.recipe.rounding, lost if len(lost) else None)
+        lost = self.tensors.lost if len(self.tensors.lost) else None
+        stays = None if lost is None else self._find_unstepped(gradients)
+        self._store(self.tensors.weights, self.recipe.rounding, lost, stays)
         self.tensors.end_step()
 
-    @contextmanager
-    def _keeping_errors(self, gradients: Gradients) -> Iterator[None]:
-        """Keep weights and errors of Kahan summation that the step has not changed, inside.
+    def _find_unstepped(self, gradients: Gradients) -> Tensor | None:
+        """Return a mask of weights that the step has left as they were stored; None if it has none.
 
-        These are those of layers without a gradient, and of a step that a GradScaler skips. An
-        error of almost half a spacing is half a spacing in bfloat16: added again, it would move the
-        weight.
+        These are in layers without a gradient, or in a step that a GradScaler skips.
         """
-        found_inf, now, lost = gradients.found_inf, self.tensors.weights, self.tensors.lost
+        found_inf, now = gradients.found_inf, self.tensors.weights
         if found_inf is None and all(gradients.present):
-            yield
-            return
+            return None
         is_skipped: Any = False if found_inf is None else found_inf.to(now.device) != 0
         stays = now == self.tensors.before
         for place, is_present in zip(self.layout.slices, gradients.present, strict=True):
             if is_present:
                 stays[place] &= is_skipped
-        earlier = [(each, each.clone()) for each in (now, lost)]
-        yield
-        for each, before in earlier:
-            each.copy_(torch.where(stays, before, each))
+        return stays
 
     def _take_gradients(self, gradients: Gradients, *, can_unscale: bool) -> Tensor | None:
         """Set copies of the gradients in the parameters, since many optimizers change theirs.
@@ -404,8 +393,6 @@ class OptimizerTwin(Twin):
 
     def find_unmade(self, changes: Changes) -> Changes:
         """Return the changes of hyperparameters that this twin's own step has not made.
-
-        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
 
         Args:
             changes: What changed in the groups of the training's optimizer while it stepped.

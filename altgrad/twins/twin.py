@@ -235,7 +235,11 @@ class Twin:
             self._get_generator(device).set_state(state["generator"])
 
     def _store(
-        self, weights: Tensor, rounding: StorageRounding, lost: Tensor | None = None
+        self,
+        weights: Tensor,
+        rounding: StorageRounding,
+        lost: Tensor | None = None,
+        stays: Tensor | None = None,
     ) -> None:
         """Round weights in place as the recipe stores them.
 
@@ -244,6 +248,7 @@ class Twin:
             rounding: How to round.
             lost: The rounding errors that Kahan summation keeps, bfloat16 (elements); None without
                 it.
+            stays: A mask of the weights that the step has not changed, as in `store_`; or None.
         """
         format = self._format
         if format is None:
@@ -254,7 +259,7 @@ class Twin:
             if self._amaxes is None:
                 self._amaxes = self._scales.start_amaxes(format, weights)
             scale = self._scales.find_for_weights(format, wanted, self._amaxes)
-        self._round(weights, format, scale, rounding, lost)
+        self._round(weights, format, scale, rounding, lost, stays)
 
     def _store_state(self, name: str, numbers: Tensor, rounding: StorageRounding) -> None:
         """Round an optimizer state or an average in place, if the recipe has a format for it.
@@ -278,12 +283,21 @@ class Twin:
         scale: Tensor | None,
         rounding: StorageRounding,
         lost: Tensor | None = None,
+        stays: Tensor | None = None,
     ) -> None:
         """Round weights or optimizer states in place, with the twin's own random numbers."""
         generator = None
         if rounding == "stochastic":
             generator = self._get_generator(numbers.device)
-        store_(numbers, format.element, scale, rounding=rounding, generator=generator, lost=lost)
+        store_(
+            numbers,
+            format.element,
+            scale,
+            rounding=rounding,
+            generator=generator,
+            lost=lost,
+            stays=stays,
+        )
 
     def _get_generator(self, device: torch.device) -> torch.Generator:
         if self._generator is None or self._generator.device != device:

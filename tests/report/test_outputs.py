@@ -36,8 +36,7 @@ def test_the_run_file_is_no_output(tmp_path: Path, kind: str) -> None:
     result = altgrad("report", tmp_path, kind, path)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == (
-        f"{path}: expected a new file or a report of AltGrad, got the run file that is read; "
-        "choose another file, or pass --force\n"
+        f"{path}: expected another file than the run file that is read; choose one\n"
     )
     assert path.read_bytes() == content
 
@@ -50,7 +49,7 @@ def test_a_run_file_is_no_output_under_another_name(tmp_path: Path, alias: str) 
     if alias != "way around":
         other = tmp_path / "verdicts.json"
         ALIASES[alias](other, path)
-    assert "the run file that is read" in (find_refusal([other], [path]) or "")
+    assert "the run file that is read" in (find_obstacle([other], [path]) or "")
     assert report_onto(other, path)[0] == 2
     assert path.read_bytes() == content
 
@@ -63,7 +62,7 @@ def test_a_run_file_in_other_case_is_no_output_where_case_is_ignored(tmp_path: P
         return stat(Path(str(name).replace("ALTGRAD.JSONL", "altgrad.jsonl")), **options)
 
     with mock.patch("os.stat", stat_without_case):
-        refusal = find_refusal([tmp_path / "ALTGRAD.JSONL"], [path])
+        refusal = find_obstacle([tmp_path / "ALTGRAD.JSONL"], [path])
     assert "the run file that is read" in (refusal or "")
 
 
@@ -91,7 +90,7 @@ def test_other_files_are_no_outputs(tmp_path: Path) -> None:
     }
     for name, content in foreign.items():
         (tmp_path / name).write_bytes(content)
-        assert "got another file" in (find_refusal([tmp_path / name], [run]) or "")
+        assert "got another file" in (find_refusal([tmp_path / name]) or "")
     code, message = report_onto(tmp_path / "notes.txt", run)
     assert (code, message.count("\n")) == (2, 1)
     assert (tmp_path / "notes.txt").read_bytes() == b"my notes"
@@ -110,7 +109,7 @@ def test_reports_are_replaced_by_reports(tmp_path: Path) -> None:
     arguments = [each for pair in zip(OPTIONS, files, strict=True) for each in pair]
     for _ in range(2):
         assert altgrad("report", run, *arguments).returncode == 0
-    assert find_refusal(files[::-1], [run]) is None
+    assert find_refusal(files[::-1]) is None
     assert report_onto(files[0], run, kind="--csv")[0] == 0
 
 
@@ -121,11 +120,11 @@ def test_the_figures_of_a_prediction_are_replaced_and_other_files_are_not(tmp_pa
     arguments = [each for pair in zip(OPTIONS, files, strict=True) for each in pair]
     for _ in range(2):
         assert altgrad("compare", fp32, low, *arguments).returncode == 0
-    assert find_refusal(files[::-1], [fp32, low]) is None
+    assert find_refusal(files[::-1]) is None
     for path in (fp32, low):
         refused = altgrad("compare", fp32, low, "--json", path)
         assert (refused.returncode, refused.stdout) == (2, "")
-        assert "got the run file that is read; choose another file" in refused.stderr
+        assert "another file than the run file that is read" in refused.stderr
 
 
 def test_new_empty_and_special_files_are_outputs(tmp_path: Path) -> None:
@@ -133,7 +132,7 @@ def test_new_empty_and_special_files_are_outputs(tmp_path: Path) -> None:
     empty.touch()
     os.mkfifo(fifo)
     paths = [tmp_path / "new", empty, fifo, Path(os.devnull)]
-    assert find_refusal(paths, [write_run(tmp_path / "run")]) is None
+    assert find_refusal(paths) is None
 
 
 def test_one_file_holds_one_output(tmp_path: Path) -> None:
@@ -144,18 +143,21 @@ def test_one_file_holds_one_output(tmp_path: Path) -> None:
     assert not output.exists()
 
 
-def test_force_replaces_any_file(tmp_path: Path) -> None:
+def test_force_replaces_any_file_but_the_one_that_is_read(tmp_path: Path) -> None:
     run, notes = write_run(tmp_path / "run"), tmp_path / "notes.txt"
     notes.write_text("mine")
-    for output in (notes, run):
-        assert report_onto(output, run, "--force") == (0, "")
-        assert output.read_text().startswith('{\n "schema": 1,\n "kind": "report",')
+    assert report_onto(notes, run, "--force") == (0, "")
+    assert notes.read_text().startswith('{\n "schema": 1,\n "kind": "report",')
+    content = run.read_bytes()
+    code, message = report_onto(run, run, "--force")
+    assert (code, "the run file that is read" in message) == (2, True)
+    assert run.read_bytes() == content
 
 
 def test_a_file_that_cannot_be_read_is_no_output(tmp_path: Path) -> None:
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
-    refusal = find_refusal([loop], [])
+    refusal = find_refusal([loop])
     assert "a file that cannot be read (Too many levels of symbolic links)" in (refusal or "")
 
 

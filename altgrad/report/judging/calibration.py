@@ -96,8 +96,6 @@ class Offset(NamedTuple):
 class Outcome(NamedTuple):
     """The number of real runs of one family of recipes that had one verdict.
 
-    A *recipe* says how weights and optimizer states are stored.
-
     Attributes:
         runs: Number of these runs.
         lost: Number of those that lost more than 10 % of the fall in loss that float32 had.
@@ -141,8 +139,6 @@ class Calibration:
     def count_runs(self, family: str | None, verdict: str) -> Outcome | None:
         """Count the real runs of a family of recipes that had a verdict, and what they lost.
 
-        A *recipe* says how weights and optimizer states are stored.
-
         Args:
             family: Family of the recipe; None for one of which no real run was done.
             verdict: Name of the verdict, such as ``"WATCH"``.
@@ -157,8 +153,6 @@ class Calibration:
 
     def describe_layers(self, family: str | None, verdict: str) -> str:
         """Return a phrase on layers of real runs of a family of recipes that had a verdict.
-
-        A *recipe* says how weights and optimizer states are stored.
 
         Args:
             family: Family of the recipe; None for one of which no real run was done.

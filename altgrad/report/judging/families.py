@@ -51,8 +51,6 @@ def as_recipe(storage: RecipeInfo) -> RecipeInfo:
 def is_stochastic(recipe: RecipeInfo | None) -> bool:
     """Return True if a recipe rounds weights stochastically, by itself or in its optimizer.
 
-    A *recipe* says how weights and optimizer states are stored.
-
     This holds for any recipe, also for one that belongs to no family of tested recipes.
 
     Args:
@@ -66,8 +64,6 @@ def is_stochastic(recipe: RecipeInfo | None) -> bool:
 
 def find_family(name: str, recipe: RecipeInfo | None, dtypes: Collection[str] = ()) -> str | None:
     """Return the family of a recipe, a key of `FAMILIES`.
-
-    A *recipe* says how weights and optimizer states are stored.
 
     Args:
         name: Name of the recipe. Without a description it is that of a number format in which

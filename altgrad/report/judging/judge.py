@@ -383,8 +383,6 @@ class StandardErrors(Mapping[str, float]):
 def judge_run(run: Run) -> Assessment:
     """Judge what each recipe would make of a run, and of each of its layers.
 
-    A *recipe* says how weights and optimizer states are stored.
-
     Args:
         run: The run, as `altgrad.report.read` returns it.
 

@@ -32,8 +32,6 @@ NO_VERDICTS = (
 def summarize(runs: Mapping[str, RunAdvice], advice: Sequence[Advice]) -> str:
     """Return a paragraph with a sentence on each recipe, and on layers with NaN or inf.
 
-    A *recipe* says how weights and optimizer states are stored.
-
     Args:
         runs: Verdicts on the run, by recipe.
         advice: Verdicts on the layers.
@@ -46,10 +44,7 @@ def summarize(runs: Mapping[str, RunAdvice], advice: Sequence[Advice]) -> str:
 
 
 def write_sentence(advice: RunAdvice) -> str:
-    """Return a sentence on a run in one recipe: the verdict, the progress kept, and what to do.
-
-    A *recipe* says how weights and optimizer states are stored.
-    """
+    """Return a sentence on a run in one recipe: the verdict, the progress kept, and what to do."""
     if advice.verdict is Verdict.NOT_JUDGED:
         why = advice.to_do or "No step has moved a layer that it could lose."
         return f"{advice.recipe}: not judged. {why}"

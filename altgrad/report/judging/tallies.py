@@ -127,18 +127,12 @@ class TwinTally:
         self.still_steps += 1
 
     def figure(self, metric: str) -> float:
-        """Return the last figure of the twin, by its metric; NaN if it has no value.
-
-        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
-        """
+        """Return the last figure of the twin, by its metric; NaN if it has no value."""
         return self._latest.get(f"{metric}/{self.recipe}", math.nan)
 
     @property
     def figures(self) -> dict[str, float]:
-        """The last figures of the twin on which verdicts rest, by metric, and of its states.
-
-        A *twin* is a sample of the layers that is stored and stepped as a recipe says.
-        """
+        """The last figures of the twin on which verdicts rest, by metric, and of its states."""
         return {m: self.figure(m) for m in _list_metrics(self.recipe, tuple(self._latest))}
 
     @property

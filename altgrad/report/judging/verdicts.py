@@ -115,8 +115,6 @@ class Advice(NamedTuple):
     def kept(self) -> float:
         """The share of the progress that the recipe keeps; NaN without a value.
 
-        A *recipe* says how weights and optimizer states are stored.
-
         It is progress_kept, or the mean kept_update_ratio of single steps.
         """
         return self.figures.get(PROGRESS if self.has_twin else STEP_KEPT, math.nan)
@@ -240,8 +238,6 @@ class Assessment:
     @functools.cached_property
     def by_layer(self) -> dict[str, dict[str, Advice]]:
         """The verdicts by name of the layer and of the recipe.
-
-        A *recipe* says how weights and optimizer states are stored.
 
         First come layers that stand still now, and then the layer that would keep the smallest part
         of its progress in any recipe.

@@ -19,8 +19,6 @@ from altgrad.report.records.kinds import number_as_json
 def runs_as_json(runs: Mapping[str, RunAdvice]) -> dict[str, dict[str, Any]]:
     """Convert the verdicts on a run to JSON objects.
 
-    A *recipe* says how weights and optimizer states are stored.
-
     Returns:
         The object of each verdict, by name of the recipe.
     """
