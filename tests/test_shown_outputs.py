@@ -43,7 +43,7 @@ def mask(text: str) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("page", "command", "starts", "count"),
     [
-        ("tutorial.md", "report", ("Weights are", "progress kept", "recipe "), 3),
+        ("tutorial.md", "report", ("Weights are", "pass in", "progress kept", "recipe "), 4),
         (
             "plan.md",
             "report --all",

@@ -238,12 +238,16 @@ def _describe_unmoved(advice: RunAdvice) -> str:
 # --- how the run is stored
 
 
-def write_storage(run: RunDescription, runs: Mapping[str, RunAdvice]) -> str:
+def write_storage(
+    run: RunDescription, runs: Mapping[str, RunAdvice], visible: Mapping[str, float] | None = None
+) -> str:
     """Write how a run is stored, and whether anything is lost now; empty without layers.
 
     Args:
         run: The run, or the header of its file.
         runs: Verdicts on the run, by recipe.
+        visible: For a run in float32, the metric visible_frac of the model by format: the share
+            of an update that a forward pass in the format sees.
 
     Returns:
         A sentence or two.
@@ -260,7 +264,22 @@ def write_storage(run: RunDescription, runs: Mapping[str, RunAdvice]) -> str:
             )
         rounded = "" if any(map(_is_low_dtype, dtypes)) else _describe_rounding(run.now)
         return f"{stored}{rounded}. “now” is what the run keeps, the rest what it would keep."
-    return f"{stored}: nothing is lost now, also under autocast or FSDP."
+    seen = _name_visible(visible or {})
+    return (
+        f"{stored}: nothing is lost now, also under autocast or FSDP{seen}. Recipes are what-ifs."
+    )
+
+
+def _name_visible(shares: Mapping[str, float]) -> str:
+    """Return a phrase on the share of an update that a forward pass in bf16 sees; or empty.
+
+    Args:
+        shares: The metric visible_frac of the model by format; without bf16 there is no phrase.
+    """
+    share = shares.get("bf16", math.nan)
+    if math.isnan(share):
+        return ""
+    return f" (a forward pass in bf16 sees {format_figure(share)} of each update: visible_frac)"
 
 
 def _describe_rounding(now: RecipeInfo | None) -> str:

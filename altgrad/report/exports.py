@@ -63,7 +63,7 @@ def as_json(report: RunReport) -> dict[str, Any]:
         "own_share": number_as_json(report.own_share),
         "visible_frac": _convert_numbers(report.visible),
         "answer": report.answer,
-        "stored": write_storage(report.run, report.assessment.runs),
+        "stored": write_storage(report.run, report.assessment.runs, report.visible),
         "runs": runs_as_json(report.assessment.runs),
         "summary": report.assessment.summary,
         "counts": count_verdicts(report.assessment),

@@ -71,7 +71,7 @@ def write_comment(report: RunReport) -> str:
         report: The report of a run.
     """
     assessment = report.assessment
-    stored = write_storage(report.run, assessment.runs)
+    stored = write_storage(report.run, assessment.runs, report.visible)
     lines = [BEGINNING, "Would this training still learn if it were stored in fewer bits?", ""]
     lines += [*_write_run(assessment, report.answer, stored)]
     lines += [*_write_next_recipe(report.run, assessment), ""]

@@ -62,7 +62,7 @@ def print_runs(report: RunReport, console: Console, most_actions: int | None = N
         print_text(console, broken, "yellow")
     if not runs:
         return
-    print_text(console, write_storage(report.run, runs))
+    print_text(console, write_storage(report.run, runs, report.visible))
     rows = list_rows(runs)
     console.print(_make_table(report, rows, console.width))
     if _count_fitting(rows, console.width) <= _EVIDENCE:

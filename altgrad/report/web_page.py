@@ -114,7 +114,7 @@ def _fill_first_screen(assessment: Assessment, report: RunReport | None) -> dict
         "report": report,
         "assessment": assessment,
         "answer": report.answer if report else write_answer(runs),
-        "stored": write_storage(report.run, runs) if report else "",
+        "stored": write_storage(report.run, runs, report.visible) if report else "",
         "rows": rows,
         "has_intervals": has_intervals(rows),
         "step_by_step": STEP_BY_STEP,

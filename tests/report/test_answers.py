@@ -152,7 +152,7 @@ def test_a_heading_names_at_most_eight_recipes_of_a_kind() -> None:
 # --- how the run is stored
 
 
-MASTERS = ": nothing is lost now, also under autocast or FSDP."
+MASTERS = ": nothing is lost now, also under autocast or FSDP. Recipes are what-ifs."
 
 
 def make_stored(*dtypes: str, now: RecipeInfo | None = None) -> Run:

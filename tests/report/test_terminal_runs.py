@@ -39,7 +39,7 @@ def read_rows(text: str) -> dict[str, list[str]]:
 def test_a_run_in_float32_begins_with_what_recipes_would_keep(whole: RunReport) -> None:
     text = show(whole, 120)
     words = " ".join(text.split())
-    assert "Weights are float32: nothing is lost now, also under autocast or FSDP." in words
+    assert "Weights are float32: nothing is lost now, also under autocast or FSDP" in words
     rows = read_rows(text)
     assert [*rows][:3] == ["bf16", "bf16-kahan", "e5m2"]
     word = whole.assessment.runs["bf16"].verdict.short
