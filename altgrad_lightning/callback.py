@@ -358,12 +358,17 @@ class PrecisionMonitor(Callback):
         self._end()
 
     def on_exception(self, *arguments: Any) -> None:
-        """Log what was observed before an error or Ctrl-C, without waiting for other ranks."""
+        """Log what was observed before an error or Ctrl-C, without waiting for other ranks.
+
+        After Ctrl-C the summary is printed, as at the end of the training.
+        """
         if self._session is not None:
             self._session.finish_after_error()
             if any(isinstance(each, KeyboardInterrupt) for each in arguments):
                 with suppress(Exception):  # or it would hide the interrupt
                     self._session.warn_about_unseen()
+                    if self._settings.summary:
+                        self._session.show_summary()
         self._end(alone=True)
 
     def teardown(self, trainer: Trainer, *_: Any, **__: Any) -> None:

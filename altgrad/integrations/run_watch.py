@@ -418,14 +418,14 @@ class RunWatch:
     def __enter__(self) -> RunWatch:  # noqa: PYI034 - typing has Self only from Python 3.11 on
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             summary = self.close()
         except Exception:
             if kind is None:  # do not hide the exception that ended the training
                 raise
         else:
-            if kind is None and summary:
+            if summary and (kind is None or issubclass(kind, KeyboardInterrupt)):
                 show_summary(summary)
 
     # --- one step

@@ -264,6 +264,8 @@ def write_storage(
             )
         rounded = "" if any(map(_is_low_dtype, dtypes)) else _describe_rounding(run.now)
         return f"{stored}{rounded}. “now” is what the run keeps, the rest what it would keep."
+    if runs and not has_verdict(runs):
+        return f"{stored}."
     seen = _name_visible(visible or {})
     return (
         f"{stored}: nothing is lost now, also under autocast or FSDP{seen}. Recipes are what-ifs."
@@ -294,6 +296,16 @@ def _describe_rounding(now: RecipeInfo | None) -> str:
     if not (weights or states):
         return ""
     return f"; rounded after each step: {', '.join([*weights, *states])}"
+
+
+def has_verdict(runs: Mapping[str, RunAdvice]) -> bool:
+    """Return True if a recipe was judged, and did not end in NaN or inf.
+
+    Args:
+        runs: Verdicts on the run, by recipe.
+    """
+    unknown = (Verdict.NOT_JUDGED, Verdict.BREAKS)
+    return any(each.verdict not in unknown for each in runs.values())
 
 
 def is_low(layers: Mapping[str, LayerInfo], runs: Mapping[str, RunAdvice]) -> bool:

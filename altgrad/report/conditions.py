@@ -173,6 +173,8 @@ def _describe_unjudged(name: str) -> str:
 def _describe_lost(advice: RunAdvice, limit: float | None) -> str:
     if advice.verdict is Verdict.BREAKS:
         return f"{advice.recipe} becomes NaN or inf"
+    if advice.verdict is Verdict.OVERSHOOTS:  # `kept` is then above 1
+        return f"{advice.recipe} moves weights too far, so that its progress is not kept"
     lost = 1 - advice.kept
     if math.isnan(lost):
         return f"what {advice.recipe} keeps of the progress is unknown"

@@ -6,6 +6,7 @@ report, and folds the layers away, as GitHub shows them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from altgrad._messages import format_count
@@ -35,6 +36,11 @@ _RUN_HEADINGS = (
 # As many as one reads; the run file has all layers.
 _MOST_LAYERS = 100
 _MOST_FOLDED = 20  # of a comment
+_INSIDE_A_WORD = re.compile(r"((?<=[^\W_])[_/](?=[^\W_]))")
+"""An underscore or a slash between two letters or digits, which Markdown takes literally.
+
+https://github.github.com/gfm/#emphasis-and-strong-emphasis: such an underscore begins no emphasis.
+"""
 BEGINNING = "<!-- altgrad report -->"
 """The first line of a comment: invisible, and by it a script finds the comment to replace."""
 
@@ -143,4 +149,8 @@ def _escape(text: str) -> str:
     text = replace_unprintable(text)
     # A hyphen begins a list, and brackets a link behind ] alone, which is replaced.
     plain = " .,:;%()" + ("" if text.startswith("-") else "-")
-    return "".join(c if c.isalnum() or c in plain else f"&#{ord(c)};" for c in text)
+    parts = _INSIDE_A_WORD.split(text)  # every second part is such a character
+    return "".join(
+        part if k % 2 else "".join(c if c.isalnum() or c in plain else f"&#{ord(c)};" for c in part)
+        for k, part in enumerate(parts)
+    )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from altgrad._messages import few, format_count
 from altgrad.measurement.catalogue import NOW
-from altgrad.report.answers import is_low, list_rows
+from altgrad.report.answers import has_verdict, is_low, list_rows
 from altgrad.report.applying import can_store, group_by_pattern
 from altgrad.report.judging.decimals import format_kept
 from altgrad.report.judging.verdicts import RunAdvice, Verdict
@@ -85,6 +85,8 @@ def write_next(run: RunDescription, runs: Mapping[str, RunAdvice]) -> str:
 def list_next_lines(report: RunReport) -> list[NextLine]:
     """Return the lines to train with next, those that the verdicts support first.
 
+    Without a verdict, as of a run whose weights are all NaN, there are no lines.
+
     Recipes, ways to store the run, that are fine come first, or those to watch if none is fine. If
     the run is stored below float32 already and loses nothing, only recipes with fewer bytes than it
     takes now are proposed.
@@ -112,7 +114,7 @@ class _Proposer:
 
     def list_lines(self) -> list[NextLine]:
         """Return the lines of Python for all proposed recipes, the best recipe first."""
-        if not self._runs:
+        if not has_verdict(self._runs):
             return []
         proposed = self._find_proposed()
         each = [lines for advice in proposed if (lines := self._write(advice, proposed))]

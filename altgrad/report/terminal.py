@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 _HEIGHT = 24  # lines of a small terminal
 _MOST_ACTIONS = 3  # sentences of the first screen
-_FEWEST_LAYERS = 1
-"""Layers in the table of the first screen, even if there is no room for them."""
 
 
 def print_first_screen(report: RunReport, console: Console, most_layers: int | None = None) -> None:
@@ -38,11 +36,11 @@ def print_first_screen(report: RunReport, console: Console, most_layers: int | N
         report: Report of the run.
         console: Console to print on; tables fit its width.
         most_layers: Maximum number of layers in the table. None shows as many as fit into 24 lines,
-            the height of a small terminal, and one at least.
+            the height of a small terminal; without room for one there is no table.
     """
     print_runs(report, console, _MOST_ACTIONS)
     if most_layers is None:
-        most_layers = max(_HEIGHT - _count_other_lines(report, console), _FEWEST_LAYERS)
+        most_layers = max(_HEIGHT - _count_other_lines(report, console), 0)
     print_layers(report, console, most_layers, most_tables=1)
     print_next_recipe(report, console)
     _print_notes(report, console)

@@ -85,7 +85,10 @@ def test_fast_dev_run_trains_with_the_callback(tmp_path: Path) -> None:
 @pytest.mark.pictures
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_run_that_ends_early_logs_the_last_pictures_and_verdicts(
-    tmp_path: Path, error: type[BaseException], monkeypatch: Any
+    tmp_path: Path,
+    error: type[BaseException],
+    monkeypatch: Any,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     class Ending(Net):
         def on_train_batch_end(self, *_: Any) -> None:
@@ -105,6 +108,8 @@ def test_a_run_that_ends_early_logs_the_last_pictures_and_verdicts(
     text = html.unescape(texts[-1].tensor_proto.string_val[0].decode())
     assert write_answer(monitor.assessment.runs) in text
     assert "Not fine: e4m3fn, e5m2." in text
+    printed = f"altgrad report {monitor.path}" in capsys.readouterr().out
+    assert printed == (error is KeyboardInterrupt)
 
 
 def test_the_step_of_a_batch_that_ctrl_c_ended_is_written(tmp_path: Path, monkeypatch: Any) -> None:

@@ -225,6 +225,11 @@ def test_a_run_without_twins_is_told_to_pass_recipes() -> None:
     assert text.endswith("moved_since_start_frac/now, or pass recipes=['bf16-sr'] to the monitor.")
 
 
+def test_a_run_without_a_verdict_is_not_told_that_nothing_is_lost() -> None:
+    nothing = make_run_advice("bf16", Verdict.NOT_JUDGED, math.nan)
+    assert write_storage(make_stored("float32"), by_name(nothing)) == "Weights are float32."
+
+
 def test_a_run_in_float32_is_told_that_its_weights_are_the_master_weights() -> None:
     assert "also under autocast or FSDP" in write_storage(make_stored("float32"), {})
 

@@ -32,6 +32,7 @@ FINE = make_run_advice("bf16-sr", Verdict.STORES_FINE, 0.984375)
 WATCH = make_run_advice("e4m3fn-sr", Verdict.WATCH, 0.9375)
 UNSURE = make_run_advice("fp16", Verdict.UNCERTAIN, 0.99)
 UNJUDGED = make_run_advice("fp32", Verdict.NOT_JUDGED, NAN)
+OVER = make_run_advice("e5m2-sr", Verdict.OVERSHOOTS, 2.0)
 BREAKS = make_run_advice("e5m2", Verdict.BREAKS, 0.99)
 UNKNOWN = make_run_advice("now", Verdict.NEEDS_REMEDY, NAN, frozen=("gain",), frozen_share=0.5)
 """Verdicts on a run, of which binary fractions are kept."""
@@ -50,16 +51,18 @@ UNKNOWN = make_run_advice("now", Verdict.NEEDS_REMEDY, NAN, frozen=("gain",), fr
         ("lost:bf16-sr>0.01", "bf16-sr loses 0.01562 of the progress"),
         ("lost:bf16-sr>0.02", ""),
         ("lost:e5m2>0.9", "e5m2 becomes NaN or inf"),
+        ("lost:e5m2-sr>0.9", "e5m2-sr moves weights too far, so that its progress is not kept"),
         ("lost:now>0.9", "what now keeps of the progress is unknown"),
-        ("lost:*-sr>0.05", "e4m3fn-sr loses 0.0625 of the progress"),
+        ("lost:bf16*-sr>0.01", "bf16-sr loses 0.01562 of the progress"),
+        ("lost:e4m3fn-*>0.05", "e4m3fn-sr loses 0.0625 of the progress"),
         ("not-fine:bf16-sr", ""),
         ("not-fine:e4m3fn-sr", "e4m3fn-sr is watch"),
         ("not-fine:bf16*", "bf16 is frozen"),
-        ("not-fine:*-sr", "e4m3fn-sr is watch"),
+        ("not-fine:*-sr", "e4m3fn-sr is watch; e5m2-sr is over"),
     ],
 )
 def test_a_condition_holds_as_its_text_says(text: str, problem: str) -> None:
-    found = say(text, FROZEN, FINE, WATCH, BREAKS, UNKNOWN)
+    found = say(text, FROZEN, FINE, WATCH, OVER, BREAKS, UNKNOWN)
     assert found == (f"--fail-on={text}: {problem}" if problem else "")
 
 

@@ -97,6 +97,17 @@ def test_the_verdict_names_layers_with_nan_in_the_run_itself() -> None:
     )
 
 
+def test_names_stay_readable_in_markdown_and_cannot_be_markup() -> None:
+    name, odd = "block_0.attn_norm/weight", "_a_ __b__ c_*d* [e](f) <g> |"
+    advice = [make_advice(each, "bf16", {"progress_kept": 0.5}) for each in (name, odd)]
+    runs = {"bf16": make_run("bf16", ())}
+    markdown = write_verdicts(Assessment(runs, advice, {}, ""))
+    assert f"| {name} |" in markdown
+    html = render(markdown)
+    assert html.count("<em>") == render(markdown.replace("_", "")).count("<em>")
+    assert odd in as_text(markdown)
+
+
 # --- a comment on GitHub
 
 

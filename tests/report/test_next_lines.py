@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from altgrad import Recipe
-from altgrad.report import Assessment, NextLine, RunReport, list_next_lines
+from altgrad.report import Assessment, NextLine, RunReport, Verdict, list_next_lines
 from altgrad.report.next_lines import write_next
 from tests.report.next_runs import (
     FINE,
@@ -212,6 +212,12 @@ def test_the_recipe_fp32_is_the_one_of_master_weights() -> None:
 
 def test_without_verdicts_there_are_no_lines() -> None:
     assert list_next_lines(make_report()) == []
+    unknown = [
+        make_advice("now", Verdict.BREAKS, kept=math.nan),
+        make_advice("bf16", Verdict.NOT_JUDGED, kept=math.nan),
+    ]
+    assert list_next_lines(make_report(*unknown)) == []
+    assert list_next_lines(make_report(*unknown, make_advice("bf16-sr")))[0].recipe == "bf16-sr"
 
 
 def test_unknown_figures_are_left_out() -> None:

@@ -90,6 +90,16 @@ def test_notes_take_their_room_from_the_layers_of_the_first_screen() -> None:
     assert len(text.splitlines()) == 24
 
 
+def test_without_room_for_a_layer_the_first_screen_has_no_table_of_layers() -> None:
+    found = make_default_run(40)
+    note = "altgrad.jsonl: resumed before step 5, which supersedes 21 lines"
+    found = RunReport(replace(found.run, notes=[note, note]), found.assessment)
+    text = print_to_text(lambda console: print_first_screen(found, console), 80)
+    assert len(text.splitlines()) <= 24
+    assert "\nlayer " not in text
+    assert "Next: " in text
+
+
 @pytest.mark.parametrize("columns", [80, 120])
 def test_the_table_shows_the_verdict_on_each_layer_and_format(run: Path, columns: int) -> None:
     shown = altgrad("report", run, columns=columns)
