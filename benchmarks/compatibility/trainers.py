@@ -85,7 +85,12 @@ def run_hugging_face(design: Any, folder: Path, *, optim: str) -> Journal:
     from altgrad.integrations.transformers import PrecisionCallback
     from tests.integrations.hugging import make_trainer
 
-    trainer = make_trainer(folder, optim=optim, max_steps=STEPS, report_to=[])
+    options = {
+        "max_steps": STEPS,
+        "report_to": [],
+        "optim_target_modules": "all-linear",
+    }  # of GaLore
+    trainer = make_trainer(folder, optim=optim, **options)
     journal = Journal(trainer.model)
 
     class Clones(TrainerCallback):
