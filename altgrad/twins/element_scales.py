@@ -12,6 +12,7 @@ Read `twin_tensors` first; `twin` comes next.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,32 @@ from altgrad.quantization.scaling import (
 )
 from altgrad.twins.layout import Layout
 from altgrad.twins.sample import Sampled, number_groups
+
+
+class _Groups(NamedTuple):
+    """The groups of sampled elements that share a scale. A group has no gaps, as samples ascend.
+
+    Attributes:
+        firsts: The position of each group's first element, int64 (groups).
+        numbers: The number of each element's group, int64 (elements).
+    """
+
+    firsts: Tensor
+    numbers: Tensor
+
+    def raise_amaxes(self, amaxes: Tensor, magnitudes: Tensor) -> Tensor:
+        """Return the amax (largest magnitude) of each group, (groups), with those of `magnitudes`.
+
+        Args:
+            amaxes: An amax for each element, (elements); those at `firsts` are read.
+            magnitudes: Magnitudes in the dtype of `amaxes`, (elements).
+        """
+        kept = amaxes.index_select(0, self.firsts)
+        return kept.scatter_reduce_(0, self.numbers, magnitudes, "amax")
+
+    def spread(self, each: Tensor) -> Tensor:
+        """Return for each element what its group has in a tensor (groups), in its dtype."""
+        return each.index_select(0, self.numbers)  # on a CPU four times as fast as indexing
 
 
 class ElementScales:
@@ -49,7 +76,7 @@ class ElementScales:
         self._layout = Layout()
         self._layers: Mapping[str, Sampled] = {}
         self._device = torch.device("cpu")
-        self._firsts: dict[Scaling, Tensor] = {}  # results of _find_firsts
+        self._groups: dict[Scaling, _Groups] = {}  # results of _find_groups
         self._weight_amaxes: Tensor | None = None
         self._state_amaxes: dict[str, dict[str, Tensor]] = {}  # by state, then by layer
         self._spread_amaxes: dict[tuple[str, Scaling, torch.dtype], Tensor] = {}  # by element
@@ -77,7 +104,7 @@ class ElementScales:
             for state, by_layer in self._state_amaxes.items()
         }
         self._layout, self._layers, self._device = layout, layers, device
-        self._firsts.clear()
+        self._groups.clear()
         self._spread_amaxes.clear()
         self.forget_amaxes()
 
@@ -133,9 +160,10 @@ class ElementScales:
         """
         applied = self.applied(format)
         assert applied is not None
-        firsts = self._find_firsts(applied)
-        amaxes.scatter_reduce_(0, firsts, _find_magnitudes(weights, amaxes.dtype), "amax")
-        return _compute_scales(amaxes, format)[firsts]
+        groups = self._find_groups(applied)
+        kept = groups.raise_amaxes(amaxes, _find_magnitudes(weights, amaxes.dtype))
+        amaxes.index_copy_(0, groups.firsts, kept)
+        return groups.spread(_compute_scales(kept, format))
 
     # --- states
 
@@ -185,9 +213,9 @@ class ElementScales:
         if applied is None:
             return None
         dtype = _get_wide(states)
-        known, firsts = self._spread_states(name, applied, dtype), self._find_firsts(applied)
-        amaxes = known.scatter_reduce(0, firsts, _find_magnitudes(states, dtype), "amax")
-        return _compute_scales(amaxes, format)[firsts]
+        known, groups = self._spread_states(name, applied, dtype), self._find_groups(applied)
+        amaxes = groups.raise_amaxes(known, _find_magnitudes(states, dtype))
+        return groups.spread(_compute_scales(amaxes, format))
 
     def _spread_states(self, name: str, applied: Scaling, dtype: torch.dtype) -> Tensor:
         """Return for each sampled element the amax that `read_states` got for an optimizer state.
@@ -238,21 +266,16 @@ class ElementScales:
 
     # --- groups
 
-    def _find_firsts(self, scaling: Scaling) -> Tensor:
-        """Return for each element the position of the first one in its group, int64 (elements).
-
-        A group has the elements that share a scale. It has no gaps, as samples ascend.
-        """
-        if scaling not in self._firsts:
-            firsts = torch.arange(self._layout.length, device=self._device)
+    def _find_groups(self, scaling: Scaling) -> _Groups:
+        """Return the groups of elements that share a scale; each element of padding is a group."""
+        if scaling not in self._groups:
+            begins = torch.ones(self._layout.length, dtype=torch.bool, device=self._device)
             for name, place in self._layout.places.items():
                 layer = self._layers[name]
-                groups = number_groups(layer.indices, layer.shape, scaling)
-                begins = torch.ones_like(groups, dtype=torch.bool)
-                begins[1:] = groups[1:] != groups[:-1]
-                firsts[place] = torch.where(begins, firsts[place], 0).cummax(0).values
-            self._firsts[scaling] = firsts
-        return self._firsts[scaling]
+                numbers = number_groups(layer.indices, layer.shape, scaling)
+                begins[place][1:] = numbers[1:] != numbers[:-1]
+            self._groups[scaling] = _Groups(begins.nonzero().view(-1), begins.cumsum(0) - 1)
+        return self._groups[scaling]
 
     def _spread(self, by_layer: Mapping[str, Tensor]) -> Tensor:
         """Return the amax (largest magnitude) for each element, (elements); 0 elsewhere.
@@ -271,7 +294,8 @@ class ElementScales:
             starts = torch.tensor([place.start for place in places], device=self._device)
             amaxes = torch.cat([each.to(self._device) for each in by_layer.values()])
             spread[starts] = amaxes.to(dtype)
-            return spread[self._find_firsts("tensor")]
+            groups = self._find_groups("tensor")
+            return groups.spread(spread.index_select(0, groups.firsts))
         for place, amaxes in zip(places, by_layer.values(), strict=True):
             spread[place] = amaxes.to(self._device)
         return spread
