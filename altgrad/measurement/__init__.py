@@ -4,8 +4,9 @@ Read the files in the order of the data:
 
 - `columns` names the sums. `kernel` computes them, for rows of elements and every format at once,
   in the memory of `workspace`.
-- `native_kernel` computes the same in machine code, on a CPU with numba. `native_table` says what
-  it reads, `native_compiler` compiles it, `native_code` loads it and `native_rows` calls it.
+- `native_kernel` computes the same in machine code, on a CPU with numba. `native_bits` has its
+  vocabulary, and `native_table` says what it reads. `native_rounding` rounds the samples of twins.
+  `native_compiler` compiles both, `native_code` loads them and `native_rows` calls the kernel.
 - `totals` adds rows up to layers. `chunks` cuts large tensors. `measurer` puts these together, for
   one tensor of any size and for batches of small ones. `ever_moved` keeps flags between steps.
 - `catalogue` lists the metrics, and `metrics` has a formula for each. `intervals` and

@@ -14,7 +14,8 @@ compile at once, and be killed.
 The environment variable ``ALTGRAD_KERNEL`` chooses a kernel: ``eager``, or ``native``, for which
 `prepare` waits. ``ALTGRAD_CACHE`` names the folder.
 
-This file imports no torch. Read `native_kernel` first; `native_rows` comes next.
+This file imports no torch. Read `native_kernel` and `native_rounding` first; `native_rows` comes
+next.
 """
 
 from __future__ import annotations
@@ -33,18 +34,23 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 Function: TypeAlias = Callable[..., None]
-"""The native kernel; `native_kernel.row_sums` has its arguments."""
+"""A native function; `native_kernel.row_sums` and `native_rounding.store` have the arguments."""
 
-SYMBOL = "altgrad_row_sums"
-"""Name of the function in the machine code."""
+SYMBOLS = ("altgrad_row_sums", "altgrad_store")
+"""Names of the functions in the machine code: the kernel, and the rounding."""
 CHOICE, CACHE = "ALTGRAD_KERNEL", "ALTGRAD_CACHE"
 """Names of the environment variables for the kernel, ``eager`` or ``native``, and the folder."""
 
-# As in `native_kernel.compile_kernel`. A call by ctypes frees Python's global lock.
-_PROTOTYPE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, *[ctypes.c_int64] * 5, *[ctypes.c_double] * 2)
+_INTEGER, _REAL = ctypes.c_int64, ctypes.c_double
+# As in `make_assembly` of both sources. A call by ctypes frees Python's global lock.
+_PROTOTYPES = (
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p, *[_INTEGER] * 5, *[_REAL] * 2),
+    ctypes.CFUNCTYPE(None, *[_INTEGER] * 7, *[_REAL] * 4),
+)
 _ROOT = Path(__file__).parents[1]
 _SOURCES = (
-    *("measurement/native_kernel.py", "measurement/native_compiler.py"),
+    *("measurement/native_bits.py", "measurement/native_kernel.py"),
+    *("measurement/native_rounding.py", "measurement/native_compiler.py"),
     *("measurement/native_table.py", "measurement/columns.py", "measurement/histogram.py"),
     "quantization/binary64.py",
 )
@@ -57,7 +63,7 @@ class NativeCode:
     """The native kernel of a process: loaded, being compiled, or missing."""
 
     def __init__(self) -> None:
-        self._function: Function | None = None
+        self._functions: tuple[Function, ...] = ()
         self._engine: Any = None  # owns the memory of the machine code
         self._thread: threading.Thread | None = None
         self._has_looked = self._has_failed = False
@@ -65,12 +71,17 @@ class NativeCode:
     @property
     def function(self) -> Function | None:
         """The native kernel; None if it is not loaded, or ``ALTGRAD_KERNEL=eager``."""
-        return None if self._function is None or read_choice() == "eager" else self._function
+        return self._find(0)
+
+    @property
+    def rounding(self) -> Function | None:
+        """The native rounding; None if it is not loaded, or ``ALTGRAD_KERNEL=eager``."""
+        return self._find(1)
 
     @property
     def is_loaded(self) -> bool:
         """True if the kernel is loaded, also if ``ALTGRAD_KERNEL`` switches it off."""
-        return self._function is not None
+        return bool(self._functions)
 
     @property
     def is_compiling(self) -> bool:
@@ -98,7 +109,7 @@ class NativeCode:
         """
         choice = read_choice()
         is_done = self._has_failed or self._thread or (self._has_looked and not compiles)
-        if choice == "eager" or self._function or (is_done and choice is None):
+        if choice == "eager" or self._functions or (is_done and choice is None):
             return
         try:
             path = find_file()
@@ -147,9 +158,13 @@ class NativeCode:
         code = read_file(path)
         if code is None:
             return False
-        self._engine, address = load_code(code)
-        self._function = _PROTOTYPE(address)
+        self._engine, addresses = load_code(code)
+        pairs = zip(_PROTOTYPES, addresses, strict=True)
+        self._functions = tuple(prototype(address) for prototype, address in pairs)
         return True
+
+    def _find(self, number: int) -> Function | None:
+        return self._functions[number] if self._functions and read_choice() != "eager" else None
 
     def _fail(self, error: Exception) -> None:
         """Keep to the eager kernel; say why in the log, if numba is installed."""
@@ -196,7 +211,7 @@ def find_file() -> Path:
     digest = hashlib.sha256("\n".join(parts).encode())
     for source in _SOURCES:
         digest.update((_ROOT / source).read_bytes())
-    return find_folder() / f"row-sums-{digest.hexdigest()[:32]}.o"
+    return find_folder() / f"kernel-{digest.hexdigest()[:32]}.o"
 
 
 def describe_processor() -> tuple[str, str, str]:
@@ -245,21 +260,21 @@ def make_target() -> Any:
     )
 
 
-def load_code(code: bytes) -> tuple[Any, int]:
+def load_code(code: bytes) -> tuple[Any, list[int]]:
     """Load machine code into this process.
 
     Args:
         code: An object file.
 
     Returns:
-        The owner of the code's memory, and the address of the kernel.
+        The owner of the code's memory, and the addresses of the functions `SYMBOLS`.
     """
     import llvmlite.binding as llvm
 
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), make_target())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    return engine, engine.get_function_address(SYMBOL)
+    return engine, [engine.get_function_address(each) for each in SYMBOLS]
 
 
 def compile_file(path: Path, niceness: int) -> None:

@@ -20,30 +20,33 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from altgrad.measurement.native_code import SYMBOL, make_target, read_file, write_file
+from altgrad.measurement.native_code import SYMBOLS, make_target, read_file, write_file
 
 
 def compile_kernel() -> bytes:
-    """Compile the kernel for this processor.
+    """Compile the kernel and the rounding for this processor.
 
     Returns:
-        An object file, in which the kernel is the function `SYMBOL`.
+        An object file, with the functions that `SYMBOLS` names.
 
     Raises:
         RuntimeError: The code calls functions that are found in numba alone.
     """
     import llvmlite.binding as llvm
 
-    from altgrad.measurement.native_kernel import make_assembly
+    from altgrad.measurement import native_kernel, native_rounding
 
-    assembly, name = make_assembly()
-    module = llvm.parse_assembly(assembly)
+    module = llvm.parse_assembly("")
+    for symbol, source in zip(SYMBOLS, (native_kernel, native_rounding), strict=True):
+        assembly, name = source.make_assembly()
+        part = llvm.parse_assembly(assembly)
+        part.get_function(name).name = symbol
+        module.link_in(part)
     # LLVM ends the process that loads code with unknown functions, without an error of Python.
     called = {each.name for each in module.functions if each.is_declaration}
     unknown = sorted(each for each in called if not each.startswith("llvm."))
     if unknown:
         raise RuntimeError(f"this numba makes code that calls {', '.join(unknown)}")
-    module.get_function(name).name = SYMBOL
     code: bytes = make_target().emit_object(module)
     return code
 

@@ -16,18 +16,15 @@ and loads the result. A training never imports this file. It imports no torch.
 - All numbers of a block lie in one buffer. With several, the code would first have to check at each
   loop that they do not overlap, and it gives up vector instructions instead.
 
-Read `kernel` first, which says what each sum is; `native_code` comes next.
+Read `kernel` first, which says what each sum is, and `native_bits`; `native_rounding` comes next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numba
-from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
 from altgrad.measurement.columns import (
     FORMAT_ROW_MAXIMA,
@@ -39,23 +36,29 @@ from altgrad.measurement.columns import (
     ROW_SUMS,
 )
 from altgrad.measurement.histogram import FIRST_STEPS_OCTAVE, FIRST_WEIGHTS_OCTAVE, OCTAVES
+from altgrad.measurement.native_bits import (
+    OPTIONS,
+    Pointer,
+    add,
+    binade,
+    clamp,
+    from_bits,
+    get_bits,
+    inline,
+    invert,
+    larger,
+    pointer,
+    smaller,
+    widen,
+)
 from altgrad.measurement.native_table import BLOCK, COUNTERS, Dtype, Place
 from altgrad.quantization.binary64 import (
     BIAS,
-    EXPONENT_MASK,
     JUST_BELOW_ONE,
     LARGEST,
     MANTISSA_BITS,
     ROUNDER,
 )
-
-Pointer: TypeAlias = Any
-"""The address of numbers of one type, which can be indexed."""
-
-# forceinline: calls disappear, and with them the code for Python exceptions, which would need
-# numba. error_model: a division by 0 gives inf or NaN, as in torch.
-_OPTIONS: dict[str, Any] = {"error_model": "numpy", "forceinline": True}
-_inline = numba.njit(**_OPTIONS)
 
 _INF, _NAN = float("inf"), float("nan")
 _SMALLEST_NORMAL = 2.0**-1022  # of float64
@@ -108,113 +111,28 @@ class Special(NamedTuple):
     bias: int
 
 
-# --- bits
-
-
-@intrinsic
-def _pointer(_: Any, __: Any, dtype: Any) -> tuple[Any, Callable[..., Any]]:
-    """Return an address, int64, as a pointer to numbers of a dtype."""
-    target = types.CPointer(dtype.dtype)
-
-    def generate(context: Any, builder: Any, _: Any, values: Any) -> Any:
-        return builder.inttoptr(values[0], context.get_value_type(target))
-
-    return target(types.int64, dtype), generate
-
-
-@intrinsic
-def _add(_: Any, __: Any, ___: Any) -> tuple[Any, Callable[..., Any]]:
-    """Return the sum of a total and a term, where terms may be added in any order.
-
-    This alone lets the compiler keep several partial sums. All other arithmetic is exact or
-    rounded as written.
-    """
-
-    def generate(_: Any, builder: Any, __: Any, values: Any) -> Any:
-        return builder.fadd(*values, flags=("reassoc", "nsz"))
-
-    return types.float64(types.float64, types.float64), generate
-
-
-@intrinsic
-def _bits(_: Any, __: Any) -> tuple[Any, Callable[..., Any]]:
-    """Return the bits of a float64 as int64. Bits of magnitudes are in the order of these."""
-
-    def generate(_: Any, builder: Any, __: Any, values: Any) -> Any:
-        return builder.bitcast(values[0], ir.IntType(64))
-
-    return types.int64(types.float64), generate
-
-
-@intrinsic
-def _from_bits(_: Any, __: Any) -> tuple[Any, Callable[..., Any]]:
-    """Return the float64 with the bits of an int64."""
-
-    def generate(_: Any, builder: Any, __: Any, values: Any) -> Any:
-        return builder.bitcast(values[0], ir.DoubleType())
-
-    return types.float64(types.int64), generate
-
-
-@intrinsic
-def _widen(_: Any, __: Any) -> tuple[Any, Callable[..., Any]]:
-    """Return the float32 with the bits of a uint32, as float64."""
-
-    def generate(_: Any, builder: Any, __: Any, values: Any) -> Any:
-        return builder.fpext(builder.bitcast(values[0], ir.FloatType()), ir.DoubleType())
-
-    return types.float64(types.uint32), generate
-
-
-@_inline
-def _larger(a: Any, b: Any) -> Any:
-    return a if a > b else b  # noqa: FURB136 - numba's max() tests for NaN, too
-
-
-@_inline
-def _smaller(a: Any, b: Any) -> Any:
-    return a if a < b else b  # noqa: FURB136
-
-
-@_inline
-def _clamp(x: float, low: float, high: float) -> float:
-    return _smaller(_larger(x, low), high)
-
-
-@_inline
-def _binade(x: float) -> float:
-    """Return the largest power of two up to abs(x); 0 for 0 and subnormal numbers."""
-    return _from_bits(_bits(x) & EXPONENT_MASK)
-
-
-@_inline
-def _invert(power_of_two: float) -> float:
-    """Return 1 / x for a power of two from 2**-1022 to 2**1022, faster than a division does."""
-    return _from_bits((2 * BIAS << MANTISSA_BITS) - _bits(power_of_two))
-
-
-@_inline
+@inline
 def _find_bin(magnitude: float, first: int) -> float:
     """Return the octave of a magnitude, 0 to 63 from 2**first up, as the bits of a float64."""
     lowest = first + BIAS
-    least = _from_bits(lowest << MANTISSA_BITS)
-    most = _from_bits((lowest + OCTAVES - 1) << MANTISSA_BITS)
-    return _from_bits((_bits(_clamp(magnitude, least, most)) >> MANTISSA_BITS) - lowest)
+    least = from_bits(lowest << MANTISSA_BITS)
+    most = from_bits((lowest + OCTAVES - 1) << MANTISSA_BITS)
+    return from_bits((get_bits(clamp(magnitude, least, most)) >> MANTISSA_BITS) - lowest)
 
 
 # --- the grid of a format
 
 
-@_inline
+@inline
 def _find_spacing(x: float, grid: Grid, special: Special | None) -> float:
     """Return the distance between neighbouring grid points at x."""
-    spacing = _larger(_binade(x) * grid.eps, grid.first_spacing)
+    spacing = larger(binade(x) * grid.eps, grid.first_spacing)
     if special is not None:
         spacing = special.smallest_normal if abs(x) < special.smallest_normal else spacing
     return spacing
 
 
-@_inline
+@inline
 def _round_to_grid(x: float, spacing: float, special: Special | None) -> float:
     """Return the multiple of the spacing that is nearest to x; ties go to the even one.
 
@@ -223,7 +141,7 @@ def _round_to_grid(x: float, spacing: float, special: Special | None) -> float:
     rounder = ROUNDER * spacing
     rounded = (x + rounder) - rounder
     if special is not None:
-        exponent = (_bits(spacing) >> MANTISSA_BITS) - BIAS
+        exponent = (get_bits(spacing) >> MANTISSA_BITS) - BIAS
         is_even = ((exponent + special.bias) & 1) == 0
         to_below = (special.no_mantissa != 0) & is_even & (abs(x) == 1.5 * spacing)
         below = -spacing if x < 0 else spacing
@@ -231,10 +149,10 @@ def _round_to_grid(x: float, spacing: float, special: Special | None) -> float:
     return rounded
 
 
-@_inline
+@inline
 def _find_gap(stored: float, target_spacing: float, grid: Grid, special: Special | None) -> float:
     """Return how far a stored value is from the next one on the side of the target."""
-    gap = _clamp(_binade(stored) * grid.eps, grid.first_spacing, target_spacing)
+    gap = clamp(binade(stored) * grid.eps, grid.first_spacing, target_spacing)
     if special is not None:
         least = special.smallest_normal
         from_zero = (least > 0) & (abs(stored) <= least) & (target_spacing >= least)
@@ -245,38 +163,38 @@ def _find_gap(stored: float, target_spacing: float, grid: Grid, special: Special
 # --- one block of elements
 
 
-@_inline
+@inline
 def _load(block: Pointer, part: int, address: int, start: int, count: int, dtype: int) -> None:
     """Load numbers of any dtype into a part of the block; 0 if the address is 0."""
     if address == 0:
         for i in range(count):
             block[part + i] = 0.0
     elif dtype == _FLOAT64:
-        doubles = _pointer(address, numba.float64)
+        doubles = pointer(address, numba.float64)
         for i in range(count):
             block[part + i] = doubles[start + i]
     elif dtype == _FLOAT32:
-        floats = _pointer(address, numba.float32)
+        floats = pointer(address, numba.float32)
         for i in range(count):
             block[part + i] = floats[start + i]
     elif dtype == _BFLOAT16:
-        halves = _pointer(address, numba.uint16)
+        halves = pointer(address, numba.uint16)
         for i in range(count):  # a bfloat16 is the upper half of a float32
-            block[part + i] = _widen(numba.uint32(halves[start + i]) << numba.uint32(16))
+            block[part + i] = widen(numba.uint32(halves[start + i]) << numba.uint32(16))
     else:
         # A float16 is s eeeee mmmmmmmmmm. Shifted by 42 bits, its exponent and mantissa are those
         # of a float64 whose bias is 15 instead of 1023.
-        codes = _pointer(address, numba.uint16)
+        codes = pointer(address, numba.uint16)
         for i in range(count):
             code = numba.int64(codes[start + i])
             exponent, mantissa = code & 0x7C00, code & 0x03FF
-            size = _from_bits(((code & 0x7FFF) << 42) + ((BIAS - 15) << MANTISSA_BITS))
+            size = from_bits(((code & 0x7FFF) << 42) + ((BIAS - 15) << MANTISSA_BITS))
             size = mantissa * 2.0**-24 if exponent == 0 else size  # subnormal
             size = _NAN if exponent == 0x7C00 else size  # inf or NaN
             block[part + i] = -size if code & 0x8000 else size
 
 
-@_inline
+@inline
 def _count_bins(block: Pointer, count: int, counters: Pointer, at: int) -> None:
     """Count the bins of a block's elements.
 
@@ -286,12 +204,12 @@ def _count_bins(block: Pointer, count: int, counters: Pointer, at: int) -> None:
     fours = count // 4 * 4
     for i in range(0, fours, 4):
         for lane in range(4):
-            counters[at + lane * OCTAVES + _bits(block[_BIN + i + lane])] += 1
+            counters[at + lane * OCTAVES + get_bits(block[_BIN + i + lane])] += 1
     for i in range(fours, count):
-        counters[at + _bits(block[_BIN + i])] += 1
+        counters[at + get_bits(block[_BIN + i])] += 1
 
 
-@_inline
+@inline
 def _fold_flags(address: int, block: Pointer, part: int, count: int, otherwise: int) -> int:
     """Set the flags of elements whose number is not 0, and count the flags that are set.
 
@@ -307,7 +225,7 @@ def _fold_flags(address: int, block: Pointer, part: int, count: int, otherwise: 
     """
     if address == 0:
         return otherwise
-    flags = _pointer(address, numba.uint8)
+    flags = pointer(address, numba.uint8)
     found = 0
     for i in range(count):
         flag = flags[i] | numba.uint8(block[part + i] != 0)
@@ -316,7 +234,7 @@ def _fold_flags(address: int, block: Pointer, part: int, count: int, otherwise: 
     return found
 
 
-@_inline
+@inline
 def _sum_layer(
     block: Pointer,
     length: int,
@@ -344,7 +262,7 @@ def _sum_layer(
     """
     finite = nonzero_weights = moved = nonzero_gradients = moved_with_gradient = 0
     paired_gradient = weight_sq = update_sq = update_4th = gradient_sq = paired_sq = 0.0
-    most_gradient, least_gradient = 0, _bits(_INF)
+    most_gradient, least_gradient = 0, get_bits(_INF)
     for i in range(length):
         w, v, g = block[_W + i], block[_V + i], block[_G + i]
         valid = (abs(w) < LARGEST) & (abs(v) < LARGEST) & (abs(g) < LARGEST)  # False for NaN
@@ -361,16 +279,16 @@ def _sum_layer(
         moved += d != 0
         nonzero_gradients += g != 0
         moved_with_gradient += (d != 0) & (g != 0)
-        weight_sq = _add(weight_sq, w * w)
-        update_sq = _add(update_sq, d * d)
-        update_4th = _add(update_4th, (d * d) * (d * d))
-        gradient_sq = _add(gradient_sq, g * g)
+        weight_sq = add(weight_sq, w * w)
+        update_sq = add(update_sq, d * d)
+        update_4th = add(update_4th, (d * d) * (d * d))
+        gradient_sq = add(gradient_sq, g * g)
         # g is paired with the stiffness where w ≠ 0, for the correlation of the two.
         pair = g if w != 0 else 0.0
-        paired_gradient = _add(paired_gradient, pair)
-        paired_sq = _add(paired_sq, pair * pair)
-        most_gradient = _larger(most_gradient, _bits(pair))
-        least_gradient = _smaller(least_gradient, _bits(g if w != 0 else _INF))
+        paired_gradient = add(paired_gradient, pair)
+        paired_sq = add(paired_sq, pair * pair)
+        most_gradient = larger(most_gradient, get_bits(pair))
+        least_gradient = smaller(least_gradient, get_bits(g if w != 0 else _INF))
     _count_bins(block, count, counters, COUNTERS)
 
     eps, smallest_normal = dtype_grid
@@ -378,10 +296,10 @@ def _sum_layer(
     for i in range(length):
         w, v, d = block[_W + i], block[_V + i], block[_D + i]
         # The unit in the last place is the spacing of the dtype just below max(|w|, |v|).
-        unit = _larger(_binade(_larger(abs(w), abs(v)) * JUST_BELOW_ONE), smallest_normal)
-        ulps = abs(d) * _invert(unit) * (1 / eps)
-        ulps_sum = _add(ulps_sum, ulps)
-        most_ulps = _larger(most_ulps, _bits(ulps))
+        unit = larger(binade(larger(abs(w), abs(v)) * JUST_BELOW_ONE), smallest_normal)
+        ulps = abs(d) * invert(unit) * (1 / eps)
+        ulps_sum = add(ulps_sum, ulps)
+        most_ulps = larger(most_ulps, get_bits(ulps))
         block[_BIN + i] = _find_bin(ulps, 0)
     _count_bins(block, count, counters, 0)
     ever_moved = _fold_flags(flags, block, _D, count, moved)
@@ -397,7 +315,7 @@ def _sum_layer(
     )
 
 
-@_inline
+@inline
 def _sum_stiffness(
     block: Pointer, length: int, grid: Grid, special: Special | None
 ) -> tuple[Any, Any, Any]:
@@ -414,7 +332,7 @@ def _sum_stiffness(
     """
     saturated = stored_normal = stored_nonzero = gradient_below = 0
     stiffness_sum = stiffness_gradient = gradient_per_stiffness = stiffness_sq = 0.0
-    most, least = 0, _bits(_INF)
+    most, least = 0, get_bits(_INF)
     for i in range(length):
         w, g, d = block[_W + i], block[_G + i], block[_D + i]
         scale = 1.0 if special is None else block[_SCALE + i]
@@ -426,18 +344,18 @@ def _sum_stiffness(
         stored_normal += abs(stored) >= grid.smallest_normal
         stored_nonzero += stored != 0
 
-        stiffness = _smaller(spacing, grid.last_spacing) * scale
-        per_stiffness = _invert(stiffness) if special is None else 1 / stiffness
+        stiffness = smaller(spacing, grid.last_spacing) * scale
+        per_stiffness = invert(stiffness) if special is None else 1 / stiffness
         block[_BIN + i] = _find_bin(abs(d) * per_stiffness, FIRST_STEPS_OCTAVE)
         pair = g if w != 0 else 0.0
         weight_stiffness = stiffness if w != 0 else 0.0
-        stiffness_sum = _add(stiffness_sum, weight_stiffness)
-        stiffness_sq = _add(stiffness_sq, weight_stiffness * weight_stiffness)
-        stiffness_gradient = _add(stiffness_gradient, stiffness * pair)
-        gradient_per_stiffness = _add(gradient_per_stiffness, pair * per_stiffness)
+        stiffness_sum = add(stiffness_sum, weight_stiffness)
+        stiffness_sq = add(stiffness_sq, weight_stiffness * weight_stiffness)
+        stiffness_gradient = add(stiffness_gradient, stiffness * pair)
+        gradient_per_stiffness = add(gradient_per_stiffness, pair * per_stiffness)
         gradient_below += (w != 0) & (g < stiffness)
-        most = _larger(most, _bits(weight_stiffness))
-        least = _smaller(least, _bits(stiffness if w != 0 else _INF))
+        most = larger(most, get_bits(weight_stiffness))
+        least = smaller(least, get_bits(stiffness if w != 0 else _INF))
     return (
         (saturated, stored_normal, stored_nonzero, gradient_below),
         (stiffness_sum, stiffness_gradient, gradient_per_stiffness, stiffness_sq),
@@ -445,7 +363,7 @@ def _sum_stiffness(
     )
 
 
-@_inline
+@inline
 def _sum_updates(
     block: Pointer, length: int, grid: Grid, special: Special | None
 ) -> tuple[Any, Any, Any]:
@@ -463,46 +381,46 @@ def _sum_updates(
     off_grid = visible = effective_count = 0
     grid_error = grid_error_sq = kept = kept_update_cubed = kept_sq = lost_sq = 0.0
     stochastic_move = stochastic_variance = 0.0
-    most, least = 0, _bits(_INF)
+    most, least = 0, get_bits(_INF)
     for i in range(length):
         w, v, d, stored = block[_W + i], block[_V + i], block[_D + i], block[_STORED + i]
         scale = 1.0 if special is None else block[_SCALE + i]
         # An update is visible if casts to the format differ before and after it: Q(v) ≠ Q(w).
         y = v if special is None else v / scale
         shown = _round_to_grid(y, _find_spacing(y, grid, special), special)
-        shown = _clamp(shown, -grid.ceiling, grid.ceiling)
-        stored = _clamp(stored, -grid.ceiling, grid.ceiling)
+        shown = clamp(shown, -grid.ceiling, grid.ceiling)
+        stored = clamp(stored, -grid.ceiling, grid.ceiling)
         visible += shown != stored
 
-        stored = _clamp(stored, -grid.top, grid.top)
+        stored = clamp(stored, -grid.top, grid.top)
         error = abs(w - stored * scale)
-        grid_error = _add(grid_error, error)
-        grid_error_sq = _add(grid_error_sq, error * error)
+        grid_error = add(grid_error, error)
+        grid_error_sq = add(grid_error_sq, error * error)
         off_grid += error != 0
-        most = _larger(most, _bits(error))
-        least = _smaller(least, _bits(_larger(error, block[_LEFT_OUT + i])))
+        most = larger(most, get_bits(error))
+        least = smaller(least, get_bits(larger(error, block[_LEFT_OUT + i])))
 
         # The effective update Q(Q(w) + d) − Q(w): how far d moves a weight kept on the grid.
         target = stored + d if special is None else (stored * scale + d) / scale
-        target = _clamp(target, -grid.ceiling, grid.ceiling)
+        target = clamp(target, -grid.ceiling, grid.ceiling)
         spacing = _find_spacing(target, grid, special)
         updated = _round_to_grid(target, spacing, special)
         rest, moved = target - updated, updated - stored
         # Stochastic rounding takes the target to one of the two points around it.
         gap = _find_gap(stored, spacing, grid, special)
         distance = abs(rest + moved)
-        probability = distance * _invert(gap) if special is None else distance / gap
-        stochastic_move = _add(stochastic_move, _smaller(probability, 1.0))
+        probability = distance * invert(gap) if special is None else distance / gap
+        stochastic_move = add(stochastic_move, smaller(probability, 1.0))
         variance = abs(spacing * rest) - rest * rest
-        stochastic_variance = _add(stochastic_variance, variance * scale * scale)
+        stochastic_variance = add(stochastic_variance, variance * scale * scale)
 
         effective = moved * scale
         block[_STORED + i] = effective
         effective_count += effective != 0
-        kept = _add(kept, effective * d)
-        kept_sq = _add(kept_sq, (effective * d) * (effective * d))
-        kept_update_cubed = _add(kept_update_cubed, effective * (d * d * d))
-        lost_sq = _add(lost_sq, (effective - d) * (effective - d))
+        kept = add(kept, effective * d)
+        kept_sq = add(kept_sq, (effective * d) * (effective * d))
+        kept_update_cubed = add(kept_update_cubed, effective * (d * d * d))
+        lost_sq = add(lost_sq, (effective - d) * (effective - d))
     return (
         (off_grid, visible, effective_count),
         (
@@ -513,7 +431,7 @@ def _sum_updates(
     )
 
 
-@_inline
+@inline
 def _sum_format(
     block: Pointer,
     length: int,
@@ -531,7 +449,7 @@ def _sum_format(
         length: Number of elements, rounded up.
         grid: The constants of the format.
         special: None for most formats. Then all spacings are powers of two in the range of
-            `_invert`, and the constants are multiplied by the scale.
+            `invert`, and the constants are multiplied by the scale.
         counters: Counters of all histograms.
         at: Position of the counters of this format's histogram.
         count: Number of elements.
@@ -565,7 +483,7 @@ def _sum_format(
 # --- rows
 
 
-@_inline
+@inline
 def _find_address(table: Pointer, place: int, row: int, format: int) -> int:
     """Return the address of a tensor's first element in a row, for one format; 0 if missing."""
     at = 4 * place
@@ -574,17 +492,17 @@ def _find_address(table: Pointer, place: int, row: int, format: int) -> int:
     return table[at] + row * table[at + 1] + format * table[at + 2]
 
 
-@_inline
+@inline
 def _read(table: Pointer, place: int, row: int, format: int) -> float:
-    return _pointer(_find_address(table, place, row, format), numba.float64)[0]
+    return pointer(_find_address(table, place, row, format), numba.float64)[0]
 
 
-@_inline
+@inline
 def _read_int(table: Pointer, place: int, row: int, format: int) -> int:
-    return _pointer(_find_address(table, place, row, format), numba.int64)[0]
+    return pointer(_find_address(table, place, row, format), numba.int64)[0]
 
 
-@_inline
+@inline
 def _read_grid(table: Pointer, row: int, format: int) -> Grid:
     return Grid(
         _read(table, _EPS, row, format),
@@ -596,16 +514,16 @@ def _read_grid(table: Pointer, row: int, format: int) -> Grid:
     )
 
 
-@_inline
+@inline
 def _read_special(table: Pointer, format: int) -> Special:
     address = _find_address(table, _SPECIALS, 0, format)
     if address == 0:
         return Special(0.0, 0, 0)
-    specials = _pointer(address, numba.float64)
+    specials = pointer(address, numba.float64)
     return Special(specials[0], int(specials[1]), int(specials[2]))
 
 
-@_inline
+@inline
 def _load_scale(
     block: Pointer, table: Pointer, row: int, format: int, start: int, count: int, length: int
 ) -> None:
@@ -615,12 +533,12 @@ def _load_scale(
     for i in range(length):
         block[_SCALE + i] = 1.0
     if address != 0:
-        scales = _pointer(address, numba.float64)
+        scales = pointer(address, numba.float64)
         for i in range(count):
             block[_SCALE + i] = scales[(start + i) * stride]
 
 
-@_inline
+@inline
 def _keep_layer(sums: Pointer, extrema: Pointer, formats: int, found: tuple[Any, Any, Any]) -> None:
     """Add the sums of a block that need no format to those of its row, and keep the extrema."""
     plain, squares, ends = found
@@ -630,13 +548,13 @@ def _keep_layer(sums: Pointer, extrema: Pointer, formats: int, found: tuple[Any,
     for k in range(_LAYER_SQUARES):
         sums[at + k] += squares[k]
     for k in range(_LAYER_MAXIMA):
-        extrema[k] = _larger(extrema[k], _from_bits(ends[k]))
+        extrema[k] = larger(extrema[k], from_bits(ends[k]))
     at = _LAYER_MAXIMA + formats * _FORMAT_MAXIMA
     for k in range(_LAYER_MINIMA):
-        extrema[at + k] = _larger(extrema[at + k], -_from_bits(ends[_LAYER_MAXIMA + k]))
+        extrema[at + k] = larger(extrema[at + k], -from_bits(ends[_LAYER_MAXIMA + k]))
 
 
-@_inline
+@inline
 def _keep_format(
     sums: Pointer, extrema: Pointer, formats: int, format: int, found: tuple[Any, Any, Any]
 ) -> None:
@@ -650,17 +568,17 @@ def _keep_format(
         sums[at + k * formats] += squares[k]
     at = _LAYER_MAXIMA + format
     for k in range(_FORMAT_MAXIMA):
-        extrema[at + k * formats] = _larger(extrema[at + k * formats], _from_bits(ends[k]))
+        extrema[at + k * formats] = larger(extrema[at + k * formats], from_bits(ends[k]))
     at += formats * _FORMAT_MAXIMA + _LAYER_MINIMA
     for k in range(_FORMAT_MAXIMA):
-        least = -_from_bits(ends[_FORMAT_MAXIMA + k])
-        extrema[at + k * formats] = _larger(extrema[at + k * formats], least)
+        least = -from_bits(ends[_FORMAT_MAXIMA + k])
+        extrema[at + k * formats] = larger(extrema[at + k * formats], least)
 
 
-@_inline
+@inline
 def _flush_counters(table: Pointer, counters: Pointer, formats: int, row: int) -> None:
     """Add the counters to the histograms of a row's layer, and set them to 0."""
-    counts = _pointer(table[4 * _COUNTS], numba.float64)
+    counts = pointer(table[4 * _COUNTS], numba.float64)
     for histogram in range(2 + formats):
         if histogram == 0:
             first = _read_int(table, _ULPS_AT, row, 0) + BIAS
@@ -676,7 +594,7 @@ def _flush_counters(table: Pointer, counters: Pointer, formats: int, row: int) -
     _clear_counters(counters, formats)
 
 
-@_inline
+@inline
 def _clear_counters(counters: Pointer, formats: int) -> None:
     for i in range((2 + formats) * COUNTERS):
         counters[i] = 0
@@ -704,15 +622,15 @@ def row_sums(
         eps: 2**-M for M mantissa bits of the dtype in which the weights are stored.
         smallest_normal: The smallest normal number of this dtype.
     """
-    block = _pointer(table[4 * _BLOCK], numba.float64)
-    counters = _pointer(table[4 * _COUNTERS], numba.int64)
+    block = pointer(table[4 * _BLOCK], numba.float64)
+    counters = pointer(table[4 * _COUNTERS], numba.int64)
     _clear_counters(counters, formats)
     for row in range(rows):
         # The counters are those of one layer, which mostly has several rows in sequence.
         if row > 0 and _read_int(table, _ULPS_AT, row, 0) != _read_int(table, _ULPS_AT, row - 1, 0):
             _flush_counters(table, counters, formats, row - 1)
-        sums = _pointer(_find_address(table, _SUMS, row, 0), numba.float64)
-        extrema = _pointer(_find_address(table, _EXTREMA, row, 0), numba.float64)
+        sums = pointer(_find_address(table, _SUMS, row, 0), numba.float64)
+        extrema = pointer(_find_address(table, _EXTREMA, row, 0), numba.float64)
         for k in range(_LAYER_SUMS + _LAYER_SQUARES + formats * (_FORMAT_SUMS + _FORMAT_SQUARES)):
             sums[k] = 0.0
         for k in range(_LAYER_MAXIMA + _LAYER_MINIMA + 2 * formats * _FORMAT_MAXIMA):
@@ -720,7 +638,7 @@ def row_sums(
         gradient = _find_address(table, _GRADIENT, row, 0)
         flags = _find_address(table, _MOVED, row, 0)
         for start in range(0, elements, BLOCK):
-            count = _smaller(elements - start, BLOCK)
+            count = smaller(elements - start, BLOCK)
             length = (count + 15) // 16 * 16
             _load(block, _W, _find_address(table, _BEFORE, row, 0), start, count, dtype)
             _load(block, _V, _find_address(table, _AFTER, row, 0), start, count, dtype)
@@ -755,7 +673,7 @@ def row_sums(
         _flush_counters(table, counters, formats, rows - 1)
 
 
-@_inline
+@inline
 def _sum_for_format(
     table: Pointer,
     row: int,
@@ -775,7 +693,7 @@ def _sum_for_format(
     flags = flags + start if flags != 0 else 0
     at = (2 + format) * COUNTERS
     is_special = (table[4 * _SCALES] != 0) | (table[4 * _SPECIALS] != 0)
-    if is_special or grid.first_spacing < _SMALLEST_NORMAL:  # too small for `_invert`
+    if is_special or grid.first_spacing < _SMALLEST_NORMAL:  # too small for `invert`
         _load_scale(block, table, row, format, start, count, length)
         special = _read_special(table, format)
         found = _sum_format(block, length, grid, special, counters, at, count, flags)
@@ -793,5 +711,5 @@ def make_assembly() -> tuple[str, str]:
     """
     number, real = types.int64, types.float64
     signature = types.void(types.CPointer(number), *[number] * 5, real, real)
-    compiled = numba.cfunc(signature, **_OPTIONS)(row_sums)
+    compiled = numba.cfunc(signature, **OPTIONS)(row_sums)
     return compiled.inspect_llvm(), compiled.native_name

@@ -2,7 +2,8 @@
 
 Each file names the one to read before it and the one to read next:
 
-1. Storing for real: `rounding`, `rounding_generators`, `stored_states`, `storage`.
+1. Storing for real: `native_storage`, `rounding`, `rounding_generators`, `stored_states`,
+   `storage`.
 2. Recipes: `packed_states`, `optimizer_maker`, `recipe`, `libraries_8bit`, `libraries`, `names`.
 
 `altgrad.twins` tries recipes on a sample of a training. Names are imported on first use. Read

@@ -3,7 +3,7 @@
 A training that stores its weights in a format (`storage`), and the samples that predict such a
 training (`twin`), round with this one function.
 
-Read `altgrad.quantization.ops` first; `rounding_generators` comes next.
+Read `native_storage` first; `rounding_generators` comes next.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from altgrad.quantization.float_format import FloatFormat
 from altgrad.quantization.ops import quantize_checked
+from altgrad.recipes.native_storage import store_natively
 
 StorageRounding: TypeAlias = Literal["nearest_even", "stochastic"]
 """The ways to round stored weights and states: to nearest, or at random with an exact mean."""
@@ -53,6 +54,15 @@ def store_(
             of the weights: they and their errors stay. An error of almost half a spacing is half a
             spacing in bfloat16; added again, it would move the weight. None if all may change.
     """
+    if stays is None and store_natively(
+        weights,
+        element,
+        scale,
+        is_stochastic=rounding == "stochastic",
+        generator=generator,
+        lost=lost,
+    ):
+        return
     before = weights.clone() if stays is not None else None
     if lost is not None:
         weights.add_(lost.to(weights.dtype))

@@ -16,6 +16,8 @@ from tests.counting import operations
 from tests.oracles import assert_same_values
 from tests.quantization.matrix import EVERY_FORMAT
 
+pytestmark = pytest.mark.usefixtures("both_kernels")
+
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
