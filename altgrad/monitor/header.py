@@ -155,4 +155,5 @@ def describe_layer(
         "formats": sampling.formats,
         "every_n_steps": sampling.every_n_steps,
         "states": states,
+        "twin_elements": sampling.twin_elements,
     }

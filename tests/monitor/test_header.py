@@ -54,7 +54,7 @@ def test_without_scaling_only_block_formats_are_scaled() -> None:
 
 def test_a_layer_is_described_by_its_parameter_and_its_sampling() -> None:
     parameter = nn.Parameter(torch.ones(3, 4, dtype=torch.float64))
-    sampling = LayerSampling("w", None, True, 5, 100, ("bf16", "e4m3fn"))
+    sampling = LayerSampling("w", None, True, 5, 100, ("bf16", "e4m3fn"), 64)
     assert describe_layer(parameter, sampling, 7) == {
         "shape": (3, 4),
         "dtype": "float64",
@@ -62,6 +62,7 @@ def test_a_layer_is_described_by_its_parameter_and_its_sampling() -> None:
         "formats": ("bf16", "e4m3fn"),
         "every_n_steps": 5,
         "states": None,
+        "twin_elements": 64,
     }
     states = {"exp_avg": {"elements": 12, "bytes": 96}}
     assert describe_layer(parameter, sampling, 7, states)["states"] == states

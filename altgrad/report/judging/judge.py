@@ -210,12 +210,14 @@ class Judge:
     def _count_drawn(self, layer: str) -> int:
         """Return how many elements of a layer its twin, the sample stored by a recipe, has.
 
-        A run file does not say which `twin_elements` was set, so its default is assumed. If it was
-        larger, the error by the chance of stochastic rounding is overestimated.
+        Older run files do not say which `twin_elements` was set, so its default is assumed. If it
+        was larger, the error by the chance of stochastic rounding is overestimated.
         """
         info = self._layers.get(layer)
-        size = math.prod(info.shape) if info is not None else MOST_TWIN_ELEMENTS
-        return max(min(size, MOST_TWIN_ELEMENTS), 1)
+        if info is None:
+            return MOST_TWIN_ELEMENTS
+        most = MOST_TWIN_ELEMENTS if info.twin_elements is None else info.twin_elements
+        return max(min(math.prod(info.shape), most), 1)
 
     def _doubt_sample(self, layer: str, name: str) -> str:
         """Return a phrase if a twin stands still but single updates of the layer are kept; or "".

@@ -123,7 +123,10 @@ LAYER = Checked(
             "formats": Items(Text(), 0, _MOST_KEYS),
             "every_n_steps": Whole(1, LARGEST),
         },
-        {"states": (Nullable(Table(STATE, _MOST_KEYS)), None)},
+        {
+            "states": (Nullable(Table(STATE, _MOST_KEYS)), None),
+            "twin_elements": (Nullable(Whole(0, LARGEST)), None),
+        },
     ),
     _check_elements,
 )

@@ -124,6 +124,8 @@ class LayerInfo:
         every_n_steps: Number of optimizer steps from one observed step to the next.
         states: Sizes of the states that the run's optimizer keeps of the layer, by name; None if
             unknown, as before the first observed step and in older files.
+        twin_elements: Maximum number of elements that twins, samples stored by a recipe, step; None
+            if unknown, as in older files.
     """
 
     shape: tuple[int, ...]
@@ -132,6 +134,7 @@ class LayerInfo:
     formats: tuple[str, ...]
     every_n_steps: int = 1
     states: Mapping[str, StateSize] | None = None
+    twin_elements: int | None = None
 
 
 class FormatSize(NamedTuple):

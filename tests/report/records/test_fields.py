@@ -71,6 +71,7 @@ BAD: list[tuple[int, list[Any], list[Any]]] = [
     (0, [*LAYER, "elements"], [0, -1, 1.5, True, None, 10**9, HUGE]),
     (0, [*LAYER, "formats"], [None, "bf16", [None], [3]]),
     (0, [*LAYER, "every_n_steps"], [0, -1, 1.5, None, True, HUGE]),
+    (0, [*LAYER, "twin_elements"], [-1, 1.5, True, HUGE]),
     (0, ["versions"], [None, [], {"torch": 2.6}, {"torch": None}]),
     (0, ["created"], [None, 3, []]),
     (0, ["loggers"], [None, {}, [{}], [None], [{"logger": 3}], [{"logger": "a", "id": 3}]]),
