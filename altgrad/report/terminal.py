@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from altgrad.report.run_report import RunReport
 
-_HEIGHT = 24  # lines of a small terminal
+_WIDTH, _HEIGHT = 80, 24  # of a small terminal
 _MOST_ACTIONS = 3  # sentences of the first screen
 
 
@@ -36,11 +36,13 @@ def print_first_screen(report: RunReport, console: Console, most_layers: int | N
         report: Report of the run.
         console: Console to print on; tables fit its width.
         most_layers: Maximum number of layers in the table. None shows as many as fit into 24 lines,
-            the height of a small terminal; without room for one there is no table.
+            the height of a small terminal; without room for one there is no table. In less than 80
+            columns it has one layer at least.
     """
     print_runs(report, console, _MOST_ACTIONS)
     if most_layers is None:
-        most_layers = max(_HEIGHT - _count_other_lines(report, console), 0)
+        least = 0 if console.width >= _WIDTH else 1
+        most_layers = max(_HEIGHT - _count_other_lines(report, console), least)
     print_layers(report, console, most_layers, most_tables=1)
     print_next_recipe(report, console)
     _print_notes(report, console)
