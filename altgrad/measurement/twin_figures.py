@@ -255,6 +255,21 @@ class TwinFigures(Mapping[str, float]):
             return [figure for row in rows for figure in row]
         return [row[column] for row in rows for column in self._columns.values()]
 
+    def errors_in_order(self, metrics: tuple[str, ...]) -> Sequence[float]:
+        """Return the standard errors of some metrics of twins for all recipes.
+
+        A twin is a sample of a layer that is stored and stepped as a recipe says. This is faster
+        than `standard_error` for one figure (value of a metric) after the other.
+
+        Args:
+            metrics: Names of metrics of twins.
+
+        Returns:
+            A flat sequence: the errors of all `metrics` for the first recipe, then for the next.
+        """
+        errors, columns = self._table.errors, [self._columns[name] for name in metrics]
+        return [errors[row][column] for row in self._rows.values() for column in columns]
+
     def describe_keys(self, metric: str) -> str:
         """Describe the keys that a metric has, for the message of an error about another key.
 

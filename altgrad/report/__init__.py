@@ -69,7 +69,8 @@ if TYPE_CHECKING:
     from altgrad.report.ranking import find_frozen, list_lost, rank_layers
     from altgrad.report.records.fields import SCHEMA
     from altgrad.report.records.reading import read
-    from altgrad.report.records.run import Row, Run
+    from altgrad.report.records.rows import Row
+    from altgrad.report.records.run import Run
     from altgrad.report.records.schema import (
         FormatInfo,
         Header,
@@ -183,7 +184,8 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
             "ranking": "find_frozen list_lost rank_layers",
             "records.fields": "SCHEMA",
             "records.reading": "read",
-            "records.run": "Row Run",
+            "records.rows": "Row",
+            "records.run": "Run",
             "records.schema": "FormatInfo Header LayerInfo Predecessor RecipeInfo RunFileError",
             "records.writing": "RunFile",
             "run_report": "RunReport",

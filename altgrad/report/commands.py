@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeAlias
@@ -55,6 +56,19 @@ _Print: TypeAlias = Callable[[Console], object]
 """A function that prints in the terminal what a command found."""
 
 
+@contextmanager
+def exit_if_damaged() -> Iterator[None]:
+    """Run a command, and exit with a sentence if a run file cannot be read.
+
+    Numbers are read when they are needed, and so may be damaged after the rest was read.
+    """
+    try:
+        yield
+    except RunFileError as error:
+        _fail(str(error))
+
+
+@exit_if_damaged()
 def report(
     run: _Run,
     html: _Html = None,
@@ -104,7 +118,7 @@ def report(
         force: If True, replace files of any kind.
     """  # noqa: D301 - typer's help ends at the form feed; the options have their own help
     conditions = _parse(fail_on or ())
-    found = RunReport.from_run(_read(run))
+    found = RunReport.from_run(read(run))
     problems = _test(conditions, found)
     outputs: list[_Output] = [
         (html, lambda: page(found)),
@@ -127,6 +141,7 @@ def _print(found: RunReport, console: Console, layers: int | None, *, everything
     (print_report if everything else print_first_screen)(found, console, count)
 
 
+@exit_if_damaged()
 def compare(
     a: _Run,
     b: _Run,
@@ -163,7 +178,7 @@ def compare(
         layers: Maximum number of rows in the table; 0 shows all.
         force: If True, replace files of any kind.
     """  # noqa: D301 - typer's help ends at the form feed; the options have their own help
-    runs = _read(a), _read(b)
+    runs = read(a), read(b)
     try:
         found = find_confirmation(*runs, recipe)
     except ValueError as error:
@@ -246,13 +261,6 @@ def _exit_if_any(problems: Sequence[str]) -> None:
 
 def _format_json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
-
-
-def _read(path: Path) -> Run:
-    try:
-        return read(path)
-    except RunFileError as error:
-        _fail(str(error))
 
 
 def _write(path: Path, text: str) -> None:

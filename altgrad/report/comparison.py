@@ -102,7 +102,7 @@ class Comparison:
     def summary(self) -> str:
         """Number of pairs of layer and format whose verdicts differ, in one sentence."""
         pairs = [*zip("AB", self.runs, strict=True)]
-        if empty := [letter for letter, each in pairs if not each.run.rows]:
+        if empty := [letter for letter, each in pairs if not each.run.observed]:
             return f"No observed step in {' and '.join(empty)}: nothing to compare."
         if silent := [letter for letter, each in pairs if not each.assessment.advice]:
             return (

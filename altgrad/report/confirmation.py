@@ -19,7 +19,8 @@ from typing import NamedTuple
 from altgrad._messages import few, format_count
 from altgrad.measurement.catalogue import NOW
 from altgrad.report.matching import SHARES, find_match
-from altgrad.report.records.run import Row, Run
+from altgrad.report.records.floats import FloatsByKey
+from altgrad.report.records.run import Run
 
 FROZEN = 0.99
 """Share of weights that never moved from which on a layer is called frozen."""
@@ -267,7 +268,7 @@ class Confirmation:
                 each,
             ),
         )
-        both = predicted[step].figures, real[step].figures
+        both = predicted[step], real[step]
         pairs = {}
         for metric in self.metrics:
             one = both[0].get(f"{metric}/{self.recipe}", math.nan)
@@ -276,12 +277,12 @@ class Confirmation:
         return ConfirmedLayer(name, step, pairs)
 
     @functools.cached_property
-    def _predicted(self) -> dict[str | None, dict[int, Row]]:
-        return _group_rows(self.predicting, self.recipe)
+    def _predicted(self) -> dict[str | None, dict[int, Mapping[str, float]]]:
+        return _group_figures(self.predicting, self.recipe)
 
     @functools.cached_property
-    def _real(self) -> dict[str | None, dict[int, Row]]:
-        return _group_rows(self.real, NOW)
+    def _real(self) -> dict[str | None, dict[int, Mapping[str, float]]]:
+        return _group_figures(self.real, NOW)
 
 
 def find_confirmation(a: Run, b: Run, recipe: str | None = None) -> Confirmation | None:
@@ -322,25 +323,31 @@ def explain_metric(metric: str) -> str:
     return _MEANINGS.get(metric, ratio)
 
 
-def _group_rows(run: Run, recipe: str) -> dict[str | None, dict[int, Row]]:
-    """Return the rows with figures of a recipe, by name of the layer (None: model) and by step."""
-    found: dict[str | None, dict[int, Row]] = {}
-    keys = [f"{metric}/{recipe}" for metric in SHARES]
-    for row in run.rows:
-        if any(key in row.figures for key in keys):
-            found.setdefault(row.layer, {})[row.step] = row
+def _group_figures(run: Run, recipe: str) -> dict[str | None, dict[int, Mapping[str, float]]]:
+    """Return the figures of a recipe, by name of the layer (None: model) and by step."""
+    found: dict[str | None, dict[int, Mapping[str, float]]] = {}
+    shares = {f"{metric}/{recipe}" for metric in SHARES}
+    wanted = {key for key in run.figure_keys if key.partition("/")[2] == recipe}
+    for table in run.tables():
+        places = {key: p for key, p in table.columns.figure_places.items() if key in wanted}
+        positions = {key: position for position, key in enumerate(places)}
+        numbers = table.numbers[[*places.values()]]
+        tried = [places[key] for key in shares & places.keys()]
+        for row, layer in enumerate(table.columns.layers):
+            if not table.is_absent[tried, row].all():
+                own = FloatsByKey(positions, numbers[:, row].tolist())
+                found.setdefault(layer, {})[table.step] = own
     return found
 
 
-def _has_value(row: Row, recipe: str) -> bool:
-    """Return True if a row has `frozen_frac` or `progress_kept` of a recipe, other than NaN."""
-    return any(not math.isnan(row.figures.get(f"{metric}/{recipe}", math.nan)) for metric in SHARES)
+def _has_value(figures: Mapping[str, float], recipe: str) -> bool:
+    """Return True if `frozen_frac` or `progress_kept` of a recipe is there, and not NaN."""
+    return any(not math.isnan(figures.get(f"{metric}/{recipe}", math.nan)) for metric in SHARES)
 
 
 def _list_ratios(run: Run, recipe: str) -> list[str]:
     """Return the metrics ``{state}_ratio`` that a run has for a recipe, in order of the file."""
-    keys = dict.fromkeys(key for row in run.rows for key in row.figures)
-    parts = (key.partition("/") for key in keys)
+    parts = (key.partition("/") for key in run.figure_keys)
     return [metric for metric, _, name in parts if name == recipe and metric.endswith("_ratio")]
 
 

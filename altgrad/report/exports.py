@@ -21,7 +21,8 @@ from altgrad.report.judging.verdicts import Advice, Assessment, Verdict
 from altgrad.report.memory_table import memory_as_json
 from altgrad.report.next_lines import list_next_lines
 from altgrad.report.records.kinds import number_as_json
-from altgrad.report.records.run import Row, Run
+from altgrad.report.records.rows import Row, is_twin_key
+from altgrad.report.records.run import Run
 from altgrad.report.records.schema import info_as_json
 from altgrad.report.records.verdict_lines import runs_as_json
 from altgrad.report.run_report import RunReport
@@ -276,7 +277,7 @@ def _convert_twins(run: Run) -> dict[str, Any]:
     Under ``recipes`` are the recipes, and under ``twins`` the last figures of the samples on which
     the run tried them, of the model and of each layer.
     """
-    last = {row.layer: row for row in run.rows if row.twins}
+    last = run.last_rows([key for key in run.figure_keys if is_twin_key(key)])
     return {
         "recipes": {name: info_as_json(each) for name, each in run.recipes.items()},
         "twins": {

@@ -9,8 +9,9 @@ The module `confirmation` comes next and sets the figures of both beside each ot
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
+
+import numpy as np
 
 from altgrad.measurement.catalogue import NOW
 from altgrad.report.records.run import Run
@@ -144,8 +145,11 @@ def has_own_figures(run: Run) -> bool:
     if run.recipes:
         return _has_figures(run, NOW)
     # Without recipes, a run in 16 bits has the keys, and no values.
-    figures = (row.figures.get(f"{m}/{NOW}", math.nan) for row in run.rows for m in SHARES)
-    return not all(map(math.isnan, figures))
+    keys = [f"{metric}/{NOW}" for metric in SHARES]
+    known = [key for key in keys if key in run.figure_keys]
+    return bool(known) and any(
+        not np.isnan(table.find_figures(key)[0]).all() for table in run.tables() for key in known
+    )
 
 
 def list_predicted(run: Run) -> list[str]:
@@ -227,5 +231,4 @@ def _is_low(storage: RecipeInfo) -> bool:
 
 
 def _has_figures(run: Run, recipe: str) -> bool:
-    keys = [f"{metric}/{recipe}" for metric in SHARES]
-    return any(key in row.figures for row in run.rows for key in keys)
+    return any(f"{metric}/{recipe}" in run.figure_keys for metric in SHARES)

@@ -12,12 +12,22 @@ from typing import Annotated
 import typer
 
 # Both modules are the command line, and have the same arguments, outputs and errors.
-from altgrad.report.commands import _fail, _Force, _format_json, _Layers, _read, _Run, _show
+from altgrad.report.commands import (
+    _fail,
+    _Force,
+    _format_json,
+    _Layers,
+    _Run,
+    _show,
+    exit_if_damaged,
+)
 from altgrad.report.judging.judge import judge_run
 from altgrad.report.plan_table import plan_as_json, print_plan
 from altgrad.report.planning import PlanError, make_plan
+from altgrad.report.records.reading import read
 
 
+@exit_if_damaged()
 def plan(
     run: _Run,
     budget: Annotated[
@@ -48,7 +58,7 @@ def plan(
         layers: Maximum number of layers in the table; 0 shows all.
         force: If True, replace files of any kind.
     """  # noqa: D301 - typer's help ends at the form feed; the options have their own help
-    found = _read(run)
+    found = read(run)
     try:
         made = make_plan(found, judge_run(found), budget)
     except PlanError as error:

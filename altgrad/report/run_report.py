@@ -28,12 +28,14 @@ from altgrad.report.judging.verdicts import Advice, Assessment
 from altgrad.report.means import average_finite
 from altgrad.report.no_steps import explain_no_step
 from altgrad.report.ranking import LOST, find_frozen, rank_layers
-from altgrad.report.records.run import Row, Run
+from altgrad.report.records.run import Run
+from altgrad.report.records.steps import ObservedStep
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _STILL = calibration().thresholds.frozen  # unmoved_frac of a layer that stands still
+_UNMOVED, _NONFINITE = "unmoved_frac", "nonfinite_frac"
 _MOST_SETS = 3  # sets of layers whose sizes are named
 
 
@@ -56,7 +58,8 @@ class RunReport:
 
         A *recipe* says how weights and optimizer states are stored.
         """
-        return cls(run, judge_run(run))
+        stalls = [f"stall_frac/{format}" for format in run.formats]
+        return cls(run, judge_run(run, [_UNMOVED, _NONFINITE, *stalls]))
 
     def __repr__(self) -> str:
         """Return the run and its verdicts, in a line."""
@@ -91,22 +94,19 @@ class RunReport:
         """
         if not is_low(self.run.layers, self.assessment.runs):
             return {}
-        shares: dict[str, list[float]] = {}
-        for row in self.run.rows:
-            if row.layer is not None and "unmoved_frac" in row.figures:
-                shares.setdefault(row.layer, []).append(row.figures["unmoved_frac"])
-        means = {layer: average_finite(each) for layer, each in shares.items()}
+        series = self.run.layer_series(_UNMOVED)
+        means = {layer: average_finite(each.values()) for layer, each in series.items()}
         return {layer: mean for layer, mean in means.items() if not math.isnan(mean)}
 
     @functools.cached_property
     def nonfinite(self) -> dict[str, float]:
         """Largest share of NaN or inf elements in any observed step, by layer; 0 is left out."""
-        shares: dict[str, float] = {}
-        for row in self.run.rows:
-            share = row.figures.get("nonfinite_frac", 0.0)
-            if row.layer is not None and share > shares.get(row.layer, 0.0):
-                shares[row.layer] = share
-        return shares
+        series = self.run.layer_series(_NONFINITE)
+        return {
+            layer: max(shares)
+            for layer, each in series.items()
+            if (shares := [share for share in each.values() if share > 0])
+        }
 
     @property
     def visible(self) -> dict[str, float]:
@@ -195,26 +195,23 @@ class RunReport:
     @functools.cached_property
     def _seen(self) -> set[str]:
         """Names of the measured layers: those of which the run file has values of metrics."""
-        return {row.layer for row in self.run.rows if row.layer is not None}
+        return {layer for step in self.run.observed for layer in step.layers if layer is not None}
 
     @functools.cached_property
     def _layer_sets(self) -> list[frozenset[str]]:
         """The names of the measured layers, one set for each observed step, in order."""
-        sets: list[frozenset[str]] = []
-        layers: set[str] = set()
-        for row in self.run.rows:
-            if row.layer is None:
-                sets.append(frozenset(layers))
-                layers = set()
-            else:
-                layers.add(row.layer)
-        return sets
+        steps = self.run.observed
+        return [
+            frozenset(layer for layer in step.layers if layer is not None)
+            for step in steps
+            if None in step.layers
+        ]
 
     @property
     def skipped(self) -> Mapping[str, int]:
         """Number of steps that moved no weight, by reason."""
         # Counts only grow, so the row with the largest total is the latest.
-        return max((row.skipped for row in self._list_model_rows()), key=_sum_counts, default={})
+        return max((step.skipped for step in self._list_steps()), key=_sum_counts, default={})
 
     @property
     def to_apply(self) -> str:
@@ -224,13 +221,13 @@ class RunReport:
     @property
     def own_share(self) -> float:
         """Share of the run's time that observing took; NaN if the time is unknown."""
-        rows = self._list_model_rows()
+        steps = self._list_steps()
         # A resumed run or a second optimizer repeats steps; these intervals are left out.
-        own = math.fsum(row.own_seconds for row in rows if math.isfinite(row.own_seconds))
+        own = math.fsum(step.own_seconds for step in steps if math.isfinite(step.own_seconds))
         training = math.fsum(
-            row.training_seconds * (row.step - before.step)
-            for before, row in itertools.pairwise(rows)
-            if math.isfinite(row.training_seconds) and row.step > before.step
+            step.training_seconds * (step.step - before.step)
+            for before, step in itertools.pairwise(steps)
+            if math.isfinite(step.training_seconds) and step.step > before.step
         )
         return own / (own + training) if training > 0 else math.nan
 
@@ -263,15 +260,17 @@ class RunReport:
         for k, format in enumerate(self.formats if self.run.steps else ()):
             key = f"stall_frac/{format}"
             judged = [name for name, layer in self.run.layers.items() if format in layer.formats]
-            values = {name: self.run.series(key, name) for name in judged}
+            series = self.run.layer_series(key)
+            values = {name: series.get(name, {}) for name in judged}
             frozen = find_frozen(self.assessment, format)
             pictures[f"stalls-{k}"] = heat_map(
                 values, title=f"stall_frac in {format}", frozen=frozen
             )
         return pictures
 
-    def _list_model_rows(self) -> list[Row]:
-        return [row for row in self.run.rows if row.layer is None]
+    def _list_steps(self) -> list[ObservedStep]:
+        """Return the observed steps that have a row of the model."""
+        return [step for step in self.run.observed if None in step.layers]
 
     def _find_last_histograms(self) -> dict[str, Histogram]:
         """Return the model's last histogram of each kind, by name: ``weights``, ``steps/bf16``, ….
@@ -279,10 +278,9 @@ class RunReport:
         ``weights`` counts weights by magnitude. ``steps/bf16`` counts updates by their size in
         spacings of bf16, the distance between neighbouring numbers at the weight.
         """
-        found: dict[str, Histogram] = {}
-        for row in self._list_model_rows():
-            found |= row.histograms
-        return found
+        last = {key: step for step in self.run.observed for key in step.histograms}
+        found = {step: step.find_histograms() for step in dict.fromkeys(last.values())}
+        return {key: found[step][key] for key, step in last.items()}
 
 
 def _sum_counts(counts: Mapping[str, int]) -> int:

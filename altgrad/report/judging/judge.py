@@ -10,7 +10,7 @@ Read `remedies` first; `run_report` comes next.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from altgrad._messages import format_percent
@@ -22,6 +22,7 @@ from altgrad.report.judging.decimals import format_kept
 from altgrad.report.judging.families import as_recipe, find_family, is_stochastic
 from altgrad.report.judging.remedies import add_remedies, find_format
 from altgrad.report.judging.run_rules import LayerShare, judge_recipe
+from altgrad.report.judging.run_tallies import tally_run
 from altgrad.report.judging.step_rules import describe_range, judge_range, judge_steps
 from altgrad.report.judging.summaries import summarize
 from altgrad.report.judging.tallies import (
@@ -115,6 +116,16 @@ class Judge:
         for name in self._formats:
             if all(f"{metric}/{name}" in figures for metric in STEP_METRICS):
                 steps.setdefault(name, StepTally()).add_step(figures, errors, name)
+
+    def add_run(self, run: Run, remember: Sequence[str] = ()) -> None:
+        """Add all observed steps of a run; nothing else may have been added before.
+
+        Args:
+            run: The run.
+            remember: Keys of figures that the run keeps in memory, as in `Run.tables`.
+        """
+        tallies = tally_run(run, self._list_twins(), [*self._formats], remember)
+        self._twins, self._steps, self._observed, self._last_step = tallies
 
     def _list_twins(self) -> list[str]:
         """Return the names of the recipes with twins, and ``now`` for the run itself.
@@ -382,17 +393,16 @@ class StandardErrors(Mapping[str, float]):
         return len(self._figures)
 
 
-def judge_run(run: Run) -> Assessment:
+def judge_run(run: Run, remember: Sequence[str] = ()) -> Assessment:
     """Judge what each recipe would make of a run, and of each of its layers.
 
     Args:
         run: The run, as `altgrad.report.read` returns it.
+        remember: Keys of figures that the run keeps in memory, as in `Run.tables`.
 
     Returns:
         A verdict on the run for each recipe, and one, with its reason, on each layer.
     """
     judge = Judge(run.formats, run.layers, run.recipes, run.now)
-    for row in run.rows:
-        if row.layer is not None:
-            judge.add(row.step, row.layer, row.figures, row.errors)
+    judge.add_run(run, remember)
     return judge.assessment()

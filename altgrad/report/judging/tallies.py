@@ -36,8 +36,8 @@ A *twin* is a sample of the layers that is stored and stepped as a recipe says.
 """
 _OTHER_TWIN_METRICS = (MOVED, BROKEN, "drift", "window_progress_kept", "moved_since_start_frac")
 _STATE_ENDS = ("_ratio", "_zero_frac")
-_MEANS = (KEPT, STALL, *RANGE)
-_SIZE = "update_rms"
+MEANS = (KEPT, STALL, *RANGE)
+SIZE = "update_rms"
 
 
 @lru_cache(maxsize=256)
@@ -208,12 +208,12 @@ class StepTally:
                 weights out of range.
             name: Name of the format.
         """
-        size = figures.get(_SIZE, 1.0)
+        size = figures.get(SIZE, 1.0)
         square = size * size
         if math.isfinite(square):
             self.update_squares += square
             self.updates += 1
-        for metric in _MEANS:
+        for metric in MEANS:
             key = f"{metric}/{name}"
             if math.isfinite(figures[key]):
                 self._add(metric, figures[key])
@@ -238,7 +238,7 @@ class StepTally:
 
     def find_figures(self) -> dict[str, float]:
         """Return the mean of each metric over the steps, and the last never_moved_frac."""
-        return {metric: self._mean(metric) for metric in _MEANS} | {NEVER_MOVED: self.never_moved}
+        return {metric: self._mean(metric) for metric in MEANS} | {NEVER_MOVED: self.never_moved}
 
     def find_errors(self, layer: LayerInfo | None) -> dict[str, float]:
         """Return the mean standard error of each metric; NaN unless most steps have one.

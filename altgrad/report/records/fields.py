@@ -1,9 +1,10 @@
 """The fields of a run file, a file of JSON lines: the type and the bounds of each field.
 
-`HEADER` is the first line. `LAYER_LINE` and `MODEL_LINE` hold the figures of a layer, or of the
-whole model, in one step. `LAYERS_LINE` describes layers that appear in mid-run. `VERDICTS_LINE` has
-the verdicts on the run after a step. `UNOBSERVED_LINE` says how many steps a run made of which none
-was observed. `RESUMED_LINE` says from which step on the lines above it are
+`HEADER` is the first line. `COLUMNS_LINE` names the numbers of an observed step, and `STEP_LINE` is
+the text before them. `LAYER_LINE` and `MODEL_LINE`, of schemas 1 and 2, hold the figures of a
+layer, or of the whole model, in one step. `LAYERS_LINE` describes layers that appear in mid-run.
+`VERDICTS_LINE` has the verdicts on the run after a step. `UNOBSERVED_LINE` says how many steps a
+run made of which none was observed. `RESUMED_LINE` says from which step on the lines above it are
 replaced, because a run was resumed there. `reading` checks every line once, by these kinds, so that
 reports need no further checks.
 
@@ -21,6 +22,7 @@ from altgrad.report.records.floats import FloatsByKey, FloatTable
 from altgrad.report.records.kinds import (
     Checked,
     Choice,
+    FieldError,
     Fields,
     Figure,
     Flag,
@@ -35,15 +37,20 @@ from altgrad.report.records.kinds import (
     parse_below,
 )
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the run file's schema: the value of ``"altgrad"`` in the header.
 
 Schema 2 adds the figures of twins, samples of the layers that are trained as a recipe for storing
-weights says, and describes the recipes. Files of schema 1 lack both.
+weights says, and describes the recipes. Files of schema 1 lack both. Schema 3 has a line of packed
+numbers for each observed step, where earlier ones have a line for each layer, and one for the
+model.
 """
 
 LARGEST = 2**63 - 1
 """Largest whole number in a run file: that of int64, which pandas and other readers use."""
+
+MOST_NUMBERS = 2**27
+"""Largest number of figures and errors in an observed step: a gigabyte of memory."""
 
 _MOST_DIMENSIONS = 64  # of a tensor, as in torch and NumPy
 _MOST_FORMATS = 128  # a page has a picture for each
@@ -53,6 +60,7 @@ _MOST_LAYERS = 2**32
 _OCTAVES = 2200  # float64 numbers and their quotients have binary exponents within ± 2,200
 _MOST_BINS = 128  # a run writes up to 96
 _MOST_COUNT = 1e30  # estimated number of elements
+_MOST_ROWS, _MOST_COLUMNS = 2**24, 2**16  # of a step
 _MOST_SECONDS = 1e12  # 30,000 years
 _SMALLEST_FLOAT, _LARGEST_FLOAT = 5e-324, 1.7976931348623157e308  # of float64
 
@@ -63,7 +71,7 @@ Where a file has a figure under both names, the two are equal.
 """
 
 
-def _find_kind(key: str) -> Figure:
+def find_kind(key: str) -> Figure:
     """Return the field type that checks the number under a key, such as ``stall_frac/bf16``.
 
     The type allows 0 to 1 if the metric before the ``/`` is a share, and otherwise any number.
@@ -89,6 +97,15 @@ def _check_elements(layer: Mapping[str, Any]) -> None:
     population = math.prod(layer["shape"])
     parse_below("shape", Whole(0, LARGEST), population)
     parse_below("elements", Whole(min(1, population), population), layer["elements"])
+
+
+def _check_columns(columns: Mapping[str, Any]) -> None:
+    """Raise FieldError unless a step's columns are distinct, and a step fits into memory."""
+    for key in ("layers", "figures", "errors"):
+        if len({*columns[key]}) < len(columns[key]):
+            raise FieldError("no item twice", columns[key], (key,))
+    width = len(columns["figures"]) + len(columns["errors"]) + columns["moved_elements"]
+    parse_below("layers", Whole(0, MOST_NUMBERS), len(columns["layers"]) * width)
 
 
 _STEP = Whole(0, LARGEST)
@@ -188,38 +205,68 @@ HEADER = Fields(
         "now": (Nullable(RECIPE), None),
         "optimizers": (Table(Whole(1, LARGEST), _MOST_KEYS), {}),
         "kernel": (Nullable(Text()), None),
+        "altgrad": (VERSION, SCHEMA),
     },
 )
+
+ERROR = Figure(least=0)
+MOVED_ELEMENTS = Figure(0, _MOST_COUNT)
 
 _LINE: dict[str, Kind[Any]] = {
     "step": _STEP,
     "layer": Nullable(Text()),
-    "figures": FloatTable(_find_kind, _RENAMED_METRICS),
+    "figures": FloatTable(find_kind, _RENAMED_METRICS),
 }
 _OPTIONAL: dict[str, tuple[Kind[Any], Any]] = {
-    "errors": (FloatTable(lambda _: Figure(least=0)), FloatsByKey({}, ())),
-    "moved_elements": (Figure(0, _MOST_COUNT), math.nan),
+    "errors": (FloatTable(lambda _: ERROR), FloatsByKey({}, ())),
+    "moved_elements": (MOVED_ELEMENTS, math.nan),
 }
 
 LAYER_LINE = Fields(_LINE, _OPTIONAL)
 
-HISTOGRAM = Fields(
+COUNT = Real(0, _MOST_COUNT)
+_FIRST = Whole(-_OCTAVES, _OCTAVES)
+
+HISTOGRAM = Fields({"first": _FIRST, "counts": Items(COUNT, 1, _MOST_BINS)})
+
+_MODEL: dict[str, Kind[Any]] = {
+    "elements": Whole(0, LARGEST),
+    "own_seconds": _SECONDS,
+    "training_seconds": _SECONDS,
+    "skipped": Table(Whole(0, LARGEST), _MOST_KEYS),
+}
+
+MODEL_LINE = Fields({**_LINE, **_MODEL, "histograms": Table(HISTOGRAM, _MOST_KEYS)}, _OPTIONAL)
+
+BINS = Fields({"first": _FIRST, "bins": Whole(1, _MOST_BINS)})
+
+_COLUMN_KEYS = Items(Text(), 0, _MOST_COLUMNS)
+
+COLUMNS_LINE = Fields(
     {
-        "first": Whole(-_OCTAVES, _OCTAVES),
-        "counts": Items(Real(0, _MOST_COUNT), 1, _MOST_BINS),
+        "columns": Checked(
+            Fields(
+                {
+                    "number": Whole(0, LARGEST),
+                    "layers": Items(Nullable(Text()), 0, _MOST_ROWS),
+                    "figures": _COLUMN_KEYS,
+                    "errors": _COLUMN_KEYS,
+                    "moved_elements": Flag(),
+                    "histograms": Table(BINS, _MOST_KEYS),
+                }
+            ),
+            _check_columns,
+        )
     }
 )
 
-MODEL_LINE = Fields(
+STEP_LINE = Fields(
     {
-        **_LINE,
-        "elements": Whole(0, LARGEST),
-        "own_seconds": _SECONDS,
-        "training_seconds": _SECONDS,
-        "skipped": Table(Whole(0, LARGEST), _MOST_KEYS),
-        "histograms": Table(HISTOGRAM, _MOST_KEYS),
-    },
-    _OPTIONAL,
+        "step": _STEP,
+        **_MODEL,
+        "columns": Whole(0, LARGEST),
+        "crc32": Whole(0, 2**32 - 1),
+    }
 )
 
 LAYERS_LINE = Fields({"layers": Table(LAYER, _MOST_LAYERS)})

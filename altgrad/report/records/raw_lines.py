@@ -30,7 +30,7 @@ def read_raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         RunFileError: The path is missing, invalid, or names no regular file; the file cannot be
             read, or a line is too long.
     """
-    with _open(path) as file:
+    with open_file(path) as file:
         left, number = os.fstat(file.fileno()).st_size, 0
         while left and (line := _read_line(path, file, min(left, MOST_BYTES + 1))):
             number += 1
@@ -43,7 +43,16 @@ def read_raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-def _open(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BinaryIO:
+    """Open a regular file for reading.
+
+    Returns:
+        The open file.
+
+    Raises:
+        RunFileError: The path is missing, invalid, or names no regular file; or the file cannot be
+            opened.
+    """
     try:
         # Checked first: opening a pipe waits for its writer.
         is_regular = stat.S_ISREG(path.stat().st_mode)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,19 +19,23 @@ from typing import Any
 
 from altgrad._messages import format_count
 from altgrad.measurement.histogram import Histogram
+from altgrad.report.records.columns import Columns
 from altgrad.report.records.fields import (
     LAYER_LINE,
     LAYERS_LINE,
     MODEL_LINE,
     RESUMED_LINE,
     SCHEMA,
+    STEP_LINE,
     UNOBSERVED_LINE,
     VERDICTS_LINE,
     VERSION,
 )
 from altgrad.report.records.kinds import FieldError, check_object, parse_below, shorten
+from altgrad.report.records.packing import PACKED
 from altgrad.report.records.raw_lines import read_raw_lines
-from altgrad.report.records.run import Row, Run
+from altgrad.report.records.rows import Row
+from altgrad.report.records.run import Run
 from altgrad.report.records.schema import (
     FormatInfo,
     Header,
@@ -40,6 +45,7 @@ from altgrad.report.records.schema import (
     Unobserved,
     make_layers,
 )
+from altgrad.report.records.steps import ObservedStep, PackedStep, StepRows, WrittenStep
 
 _NAME = re.compile(r"altgrad(?:-(\d+))?\.jsonl")
 _MOST_TRIES = 3
@@ -54,7 +60,8 @@ class _File:
     Attributes:
         path: Path of the file.
         header: The first line.
-        rows: The lines with figures of a step, without those that a resumed run replaced.
+        steps: The observed steps, without those that a resumed run replaced.
+        columns: The meanings of packed numbers, by the number under which a line declares them.
         verdicts: Verdicts on the run after a step, each a pair of the step and the verdicts by
             recipe, without those of steps that a resumed run replaced.
         unobserved: What a run without an observed step wrote at its end.
@@ -63,7 +70,8 @@ class _File:
 
     path: Path
     header: Header
-    rows: list[Row] = field(default_factory=list)
+    steps: list[ObservedStep] = field(default_factory=list)
+    columns: dict[int, Columns] = field(default_factory=dict)
     verdicts: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     unobserved: Unobserved | None = None
     notes: list[str] = field(default_factory=list)
@@ -79,7 +87,8 @@ def read(path: str | os.PathLike[str]) -> Run:
         path: A run file, or a folder. In a folder with several run files the newest one is read.
 
     Returns:
-        The run: what the files say, in memory.
+        The run: what the files say. Packed numbers are read from the file when they are needed, so
+        that it must stay where it is.
 
     Raises:
         RunFileError: The file is missing, empty, damaged, of another kind, or written by a newer
@@ -110,7 +119,7 @@ def read(path: str | os.PathLike[str]) -> Run:
         formats={**last.header.formats, **formats},
         scaling=last.header.scaling,
         layers={**last.header.layers, **layers},
-        rows=[row for each in reversed(files) for row in each.rows],
+        rows=StepRows([step for each in reversed(files) for step in each.steps]),
         notes=[note for each in files for note in each.notes],
         predecessors=[each.path for each in files[1:]],
         versions=last.header.versions,
@@ -219,23 +228,68 @@ def _read_file(path: Path) -> _File:
 
 def _parse_file(path: Path) -> _File:
     lines = read_raw_lines(path)
-    file = _File(path, _parse_header(path, next(lines, (1, b""))[1]))
-    torn: int | None = None
+    _, first = next(lines, (1, b""))
+    file, start = _File(path, _parse_header(path, first)), len(first)
+    torn: tuple[int, str] | None = None
     for number, line in lines:
         if torn is not None:  # only the last line can be torn by a killed process
-            raise _make_damage_error(path, torn, "expected JSON")
+            raise _make_damage_error(path, *torn)
         try:
-            value = json.loads(line)
-        except _NOT_JSON:
-            torn = number
-            continue
-        try:
-            _add_line(file, check_object(value))
+            problem = _parse_line(file, number, line, start)
         except FieldError as error:
             raise _make_damage_error(path, number, str(error)) from None
+        if problem is not None:
+            torn = number, problem
+        start += len(line)
     if torn is not None:
-        file.notes.append(f"{path.name}: line {torn}, the last, is incomplete and was skipped")
+        file.notes.append(f"{path.name}: line {torn[0]}, the last, is incomplete and was skipped")
     return file
+
+
+def _parse_line(file: _File, number: int, line: bytes, start: int) -> str | None:
+    """Add what a line says to a parsed file.
+
+    Args:
+        file: The file so far.
+        number: Number of the line.
+        line: The line.
+        start: Place of the line in the file, in bytes.
+
+    Returns:
+        None; what was expected if the line may have been torn by a killed process.
+
+    Raises:
+        FieldError: The line is whole, and a value is invalid.
+    """
+    text, packed_mark, packed = line.partition(PACKED)
+    packed = packed.removesuffix(b"\n")
+    try:
+        value = check_object(json.loads(text))
+    except _NOT_JSON as error:
+        if isinstance(error, FieldError):
+            raise
+        return "expected JSON"
+    if not packed_mark and "crc32" not in value:
+        _add_line(file, value)
+        return None
+    known = STEP_LINE.parse(value)
+    if zlib.crc32(packed) != known.pop("crc32"):
+        return "expected packed numbers with the sum in crc32"
+    columns = file.columns.get(declared := known.pop("columns"))
+    if columns is None:
+        raise FieldError("columns that a line above declares", declared, ("columns",))
+    place = start + len(text) + len(packed_mark)
+    file.steps.append(
+        PackedStep(
+            **known,
+            columns=columns,
+            path=file.path.absolute(),
+            line=number,
+            start=place,
+            size=len(packed),
+        )
+    )
+    return None
 
 
 def _parse_header(path: Path, line: bytes) -> Header:
@@ -282,24 +336,40 @@ def _add_line(file: _File, value: Mapping[str, Any]) -> None:
         file.verdicts.append((parsed["step"], parsed["verdicts"]))
     elif "unobserved" in value:
         file.unobserved = Unobserved(**UNOBSERVED_LINE.parse(value)["unobserved"])
+    elif "columns" in value:
+        declared, columns = Columns.from_json(value)
+        file.columns[declared] = columns
     elif "elements" in value:  # only the model's line has more keys
-        file.rows.append(_make_model_row(MODEL_LINE.parse(value)))
+        _add_row(file, _make_model_row(MODEL_LINE.parse(value)))
     else:
-        file.rows.append(Row(**LAYER_LINE.parse(value)))
+        _add_row(file, Row(**LAYER_LINE.parse(value)))
+
+
+def _add_row(file: _File, row: Row) -> None:
+    """Add a row of a file of schema 1 or 2 to its step."""
+    last = file.steps[-1] if file.steps else None
+    if not isinstance(last, WrittenStep) or not last.takes(row):
+        last = WrittenStep()
+        file.steps.append(last)
+    last.rows.append(row)
 
 
 def _drop_superseded_lines(file: _File, before_step: int) -> None:
-    count = len(file.rows)
+    count = _count_lines(file)
     _keep_steps_before(file, before_step)
-    if dropped := count - len(file.rows):
+    if dropped := count - _count_lines(file):
         file.notes.append(
             f"{file.path.name}: resumed before step {before_step}, which supersedes "
             f"{format_count(dropped, 'line')}"
         )
 
 
+def _count_lines(file: _File) -> int:
+    return sum(step.lines for step in file.steps)
+
+
 def _keep_steps_before(file: _File, before_step: int) -> None:
-    file.rows = [row for row in file.rows if row.step < before_step]
+    file.steps = [step for step in file.steps if step.step < before_step]
     file.verdicts = [each for each in file.verdicts if each[0] < before_step]
 
 

@@ -1,7 +1,7 @@
-"""`Run` and `Row`: the content of a run file in memory.
+"""`Run`: a run file that was read.
 
-A run file has a line for each layer and for the model in each measured step. Most users need
-`Run.series` and `Run.to_pandas`.
+Numbers of observed steps stay in the file until they are needed. Most users need `Run.series` and
+`Run.to_pandas`.
 
 `reading` makes a `Run`, and `altgrad.report.judging.verdicts` judges it.
 """
@@ -11,99 +11,51 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from altgrad._messages import format_count
-from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS
-from altgrad.measurement.histogram import Histogram
-from altgrad.measurement.intervals import find_interval
+from altgrad.measurement.numbers import Numbers
 from altgrad.quantization.formats import Scaling
 from altgrad.report.frames import make_frame
+from altgrad.report.records.columns import Columns
+from altgrad.report.records.rows import Row
 from altgrad.report.records.schema import FormatInfo, LayerInfo, RecipeInfo, Unobserved
+from altgrad.report.records.steps import ObservedStep, StepRows, StepTable, decode_steps, group_rows
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Row:
-    """A line of a run file: the figures of one layer, or of the model, in one observed step.
+class _Values(NamedTuple):
+    """A figure of all layers in one observed step.
 
     Attributes:
         step: Number of the step.
-        layer: Name of the layer; None for the model.
-        figures: Figures by key, as in `altgrad.Figures`: ``metric``, ``metric/format``, and
-            ``metric/recipe`` for a twin, a sample of the layer that is trained as a recipe says.
-        errors: Standard errors of some figures, by the same keys: half the width of `interval`,
-            divided by 1.96. Those of formats are missing if every element was measured.
-        elements: Number of measured elements of the model. None in the row of a layer, whose
-            number is in `LayerInfo`.
-        own_seconds: Host time in seconds to observe the previous observed step, as in
-            `altgrad.StepRecord`. NaN in the row of a layer.
-        training_seconds: Mean time in seconds of a training step without the observation, as in
-            `altgrad.StepRecord`. NaN in the row of a layer.
-        skipped: Number of steps so far that moved no weight, by reason. Empty in the row of a
-            layer.
-        histograms: Histograms of the model, by key, such as ``weights`` or ``steps/bf16``. Empty
-            in the row of a layer.
-        moved_elements: Number of elements of the twins' sample that the float32 twin has moved;
-            NaN without twins.
+        columns: The columns of the step, which name the layers.
+        figures: The figures, float64 (layers).
+        is_here: True for layers that have the figure, bool (layers).
     """
 
     step: int
-    layer: str | None
-    figures: Mapping[str, float]
-    errors: Mapping[str, float]
-    elements: int | None = None
-    own_seconds: float = math.nan
-    training_seconds: float = math.nan
-    skipped: Mapping[str, int] = field(default_factory=dict)
-    histograms: Mapping[str, Histogram] = field(default_factory=dict)
-    moved_elements: float = math.nan
-
-    @property
-    def twins(self) -> dict[str, dict[str, float]]:
-        """Figures of the twins, samples trained as a recipe says, by name of recipe and metric."""
-        found: dict[str, dict[str, float]] = {}
-        for key, figure in self.figures.items():
-            if _belongs_to_twin(key):
-                metric, _, recipe = key.partition("/")
-                found.setdefault(recipe, {})[metric] = figure
-        return found
-
-    def __repr__(self) -> str:
-        """Return the step and the layer, and the number of figures, in a line."""
-        return f"Row(step={self.step}, layer={self.layer!r}: {len(self.figures):,} figures)"
-
-    def interval(self, key: str) -> tuple[float, float]:
-        """Return the confidence interval of 95 % around a figure.
-
-        Args:
-            key: Key of the figure, such as ``"stall_frac/bf16"``.
-
-        Returns:
-            The lower and the upper end. Both equal the figure if all elements were measured, and
-            are NaN if the error of the figure is missing or cannot be trusted. Twins have a sample
-            of their own, so that a figure of a twin without an error has no interval.
-
-        Raises:
-            KeyError: The row has no such figure.
-        """
-        figure, error = self.figures[key], self.errors.get(key)
-        if error is None:
-            is_whole = not _belongs_to_twin(key) and all(map(_belongs_to_twin, self.errors))
-            error = 0.0 if is_whole else math.nan
-        return find_interval(key.partition("/")[0], figure, error)
+    columns: Columns
+    figures: Numbers
+    is_here: NDArray[np.bool_]
 
 
-def _belongs_to_twin(key: str) -> bool:
-    """Return True for a key ``metric/recipe``, False for ``metric`` and ``metric/format``.
+@dataclass
+class _Memory:
+    """The figures that were read once and are kept.
 
-    Keys with a recipe belong to figures of twins, samples that are trained as the recipe says.
+    Attributes:
+        model: Those of the model by key, with the number of each observed step; None if unread.
+        layers: Those of layers, by key.
     """
-    # A recipe may have the name of a format, so that the metric tells them apart.
-    metric, _, recipe = key.partition("/")
-    return bool(recipe) and metric not in LAYER_METRICS and metric not in FORMAT_METRICS
+
+    model: list[tuple[int, Mapping[str, float]]] | None = None
+    layers: dict[str, list[_Values]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +68,7 @@ class Run:
         scaling: Which weights share a scale in the formats, as in `altgrad.measure`.
         layers: Observed layers (parameter tensors), by name.
         rows: Rows in the order in which they were written, without rows of steps that a resumed run
-            did again.
+            did again. They are decoded when they are read, a step at a time.
         notes: Sentences for the reader, such as a skipped line or a missing file.
         predecessors: Paths of the files of earlier runs that were read, the latest run first.
         versions: Versions of the packages that wrote the file, by name.
@@ -163,9 +115,68 @@ class Run:
         return str(report._repr_html_())
 
     @functools.cached_property
+    def observed(self) -> Sequence[ObservedStep]:
+        """The observed steps, whose numbers are read from the file when they are needed."""
+        rows = self.rows
+        return rows.steps if isinstance(rows, StepRows) else group_rows(rows)
+
+    @functools.cached_property
     def steps(self) -> tuple[int, ...]:
         """Numbers of the observed steps, in ascending order."""
-        return tuple(sorted({row.step for row in self.rows}))
+        return tuple(sorted({step.step for step in self.observed}))
+
+    def tables(self, remember: Sequence[str] = ()) -> Iterator[StepTable]:
+        """Yield the numbers of one observed step after the other, as matrices.
+
+        Args:
+            remember: Keys of figures that are kept in memory for all layers, so that `series` finds
+                them there. Those of the model are always kept. Each takes 8 bytes for a layer and
+                step.
+
+        Raises:
+            RunFileError: A file is missing or has changed since it was read.
+        """
+        model: list[tuple[int, Mapping[str, float]]] = []
+        layers: dict[str, list[_Values]] = {key: [] for key in remember}
+        for table in decode_steps(self.observed):
+            if (row := table.columns.rows.get(None)) is not None:
+                model.append((table.step, table.list_numbers(row)[0]))
+            for key, values in layers.items():
+                figures, is_here = table.find_figures(key)
+                values.append(_Values(table.step, table.columns, figures.copy(), is_here))
+            yield table
+        # Not before the end: the loop over these tables may stop early.
+        self._memory.model = model
+        self._memory.layers |= layers
+
+    @functools.cached_property
+    def figure_keys(self) -> Collection[str]:
+        """Keys of the figures that any layer or the model has in any step."""
+        # Most steps have the same columns, and so the same object.
+        sets = {id(keys): keys for step in self.observed if (keys := step.figure_keys)}
+        return dict.fromkeys(key for keys in sets.values() for key in keys)
+
+    def last_rows(self, keys: Collection[str]) -> dict[str | None, Row]:
+        """Return the last row of each layer that has a figure under one of some keys.
+
+        Args:
+            keys: The keys.
+
+        Returns:
+            The rows by layer; None stands for the model.
+
+        Raises:
+            RunFileError: A file is missing or has changed since it was read.
+        """
+        found: dict[str | None, Row] = {}
+        missing = {layer for step in self.observed for layer in step.layers}
+        for step in reversed(self.observed):
+            if missing.isdisjoint(step.layers) or not any(key in step.figure_keys for key in keys):
+                continue
+            rows = [row for row in step.list_rows() if any(key in row.figures for key in keys)]
+            found = {row.layer: row for row in rows} | found
+            missing -= found.keys()
+        return found
 
     def series(self, key: str, layer: str | None = None) -> dict[int, float]:
         """Return one figure of a layer or of the model, by step.
@@ -181,12 +192,37 @@ class Run:
 
         Raises:
             KeyError: The run has no layer of this name.
+            RunFileError: A file is missing or has changed since it was read.
         """
-        if layer is not None and layer not in self.layers and layer not in self._rows_by_layer:
+        if layer is not None and layer not in self.layers and layer not in self._seen:
             known = [*self.layers][:3]
             raise KeyError(f"layer={layer!r}: expected a layer of the run, such as {known}")
-        rows = self._rows_by_layer.get(layer, [])
-        return {row.step: row.figures[key] for row in rows if key in row.figures}
+        if layer is None:
+            return {step: own[key] for step, own in self._find_model_figures() if key in own}
+        return self.layer_series(key).get(layer, {})
+
+    def layer_series(self, key: str) -> dict[str, dict[int, float]]:
+        """Return one figure of all layers, by step; faster than `series` for each of them.
+
+        Args:
+            key: Key of the figure.
+
+        Returns:
+            By name of the layer, the figure by number of the step.
+
+        Raises:
+            RunFileError: A file is missing or has changed since it was read.
+        """
+        if key not in self._memory.layers:
+            for _ in self.tables(remember=[key]):
+                pass
+        found: dict[str, dict[int, float]] = {}
+        for values in self._memory.layers[key]:
+            each = zip(values.columns.layers, values.figures.tolist(), values.is_here, strict=True)
+            for layer, figure, is_here in each:
+                if is_here and layer is not None:
+                    found.setdefault(layer, {})[values.step] = figure
+        return found
 
     def to_pandas(self) -> Any:
         """Return the rows as a pandas DataFrame, with one line for each row.
@@ -200,24 +236,34 @@ class Run:
         Raises:
             ImportError: pandas is missing.
         """
-        keys = dict.fromkeys(key for row in self.rows for key in row.figures)
-        error_keys = dict.fromkeys(key for row in self.rows for key in row.errors)
+        rows = [*self.rows]
+        keys = dict.fromkeys(key for row in rows for key in row.figures)
+        error_keys = dict.fromkeys(key for row in rows for key in row.errors)
         columns: dict[str, list[Any]] = {
-            "step": [row.step for row in self.rows],
-            "layer": [row.layer for row in self.rows],
+            "step": [row.step for row in rows],
+            "layer": [row.layer for row in rows],
         }
-        columns |= {key: [row.figures.get(key, math.nan) for row in self.rows] for key in keys}
+        columns |= {key: [row.figures.get(key, math.nan) for row in rows] for key in keys}
         if self.recipes:
-            columns["moved_elements"] = [row.moved_elements for row in self.rows]
+            columns["moved_elements"] = [row.moved_elements for row in rows]
         columns |= {
-            key.replace("/", "_error/", 1): [row.errors.get(key, math.nan) for row in self.rows]
+            key.replace("/", "_error/", 1): [row.errors.get(key, math.nan) for row in rows]
             for key in error_keys
         }
         return make_frame(columns, "to_pandas")
 
     @functools.cached_property
-    def _rows_by_layer(self) -> dict[str | None, list[Row]]:
-        rows: dict[str | None, list[Row]] = {}
-        for row in self.rows:
-            rows.setdefault(row.layer, []).append(row)
-        return rows
+    def _seen(self) -> set[str | None]:
+        """Names of the layers that have figures; None for the model."""
+        return {layer for step in self.observed for layer in step.layers}
+
+    def _find_model_figures(self) -> list[tuple[int, Mapping[str, float]]]:
+        """Return the figures of the model by key, with the number of each observed step."""
+        if self._memory.model is None:
+            for _ in self.tables():
+                pass
+        return self._memory.model or []
+
+    @functools.cached_property
+    def _memory(self) -> _Memory:
+        return _Memory()

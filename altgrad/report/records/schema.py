@@ -288,6 +288,7 @@ class Header:
             if unknown.
         kernel: Which code measured tensors on the CPU: ``"native"``, ``"eager"``, or ``"eager, then
             native"`` if the native code was still being compiled; None if unknown.
+        schema: Version of the run file's schema, in which its lines are written.
     """
 
     formats: Mapping[str, FormatInfo]
@@ -301,9 +302,10 @@ class Header:
     now: RecipeInfo | None = None
     optimizers: Mapping[str, int] = field(default_factory=dict)
     kernel: str | None = None
+    schema: int = SCHEMA
 
     def is_like(self, other: Header) -> bool:
-        """Return True if both headers have equal formats, scaling, layers, recipes and storage.
+        """Return True if both have equal schemas, formats, scaling, layers, recipes and storage.
 
         Figures of the two runs then mean the same, and can stand in one file. Where a header does
         not say how the run is stored, as in older files, that makes no difference. Neither do the
@@ -313,7 +315,7 @@ class Header:
         keys = ["formats", "scaling", "layers", "recipes"]
         if None not in (self.now, other.now):
             keys.append("now")
-        return all(mine[key] == others[key] for key in keys)
+        return self.schema == other.schema and all(mine[key] == others[key] for key in keys)
 
     def _describe(self) -> dict[str, Any]:
         """Return the header as JSON values, without the sizes of optimizer states."""
@@ -362,6 +364,7 @@ class Header:
                     name: _make_recipe(name, each) for name, each in known["recipes"].items()
                 },
                 "now": now and _make_recipe(NOW, now),
+                "schema": known.pop("altgrad"),
             }
         )
 

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from altgrad._version import __version__
 from altgrad.measurement.histogram import Histogram
+from altgrad.report.records.columns import Columns
 from altgrad.report.records.fields import HISTOGRAM, LARGEST
 from altgrad.report.records.file_names import has_name, is_deleted, map_content
 from altgrad.report.records.kinds import FieldError
-from altgrad.report.records.lines import format_lines
+from altgrad.report.records.lines import format_step, tabulate
 from altgrad.report.records.locks import WriterLock, take_lock
 from altgrad.report.records.reading import read_header
 from altgrad.report.records.schema import Header, LayerInfo, Predecessor, layers_as_json
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from altgrad.measurement.step_record import StepRecord
     from altgrad.report.judging.verdicts import RunAdvice
 
+_MOST_DECLARED = 64  # as many columns are remembered; a run has a few
 _CHUNK = 2**16  # bytes that are searched at once for the end of the last whole line
 
 
@@ -57,6 +59,7 @@ class RunFile:
 
     def __init__(self, path: Path, lock: WriterLock) -> None:
         self._has_warned = False  # of a file that lost its name
+        self._declared: dict[Columns, int] = {}  # numbers of columns that this object has declared
         self._open(path, lock)
 
     def _open(self, path: Path, lock: WriterLock) -> None:
@@ -114,7 +117,7 @@ class RunFile:
             predecessor=predecessor,
         )
         line = _format_line(header.as_json())  # an error here must leave no empty file
-        return cls(*_claim_first_free(folder, _encode(line)))
+        return cls(*_claim_first_free(folder, memoryview(line)))
 
     @classmethod
     def resume(
@@ -171,7 +174,7 @@ class RunFile:
         skipped: Mapping[str, int],
         weights: Histogram | None = None,
     ) -> None:
-        """Write the lines of one observed step.
+        """Write one observed step.
 
         Args:
             step: Number of the step.
@@ -181,7 +184,7 @@ class RunFile:
                 weights.
 
         Raises:
-            OSError: The lines cannot be written; then the file has no line of this step.
+            OSError: The step cannot be written; then the file has no part of it.
             TypeError: The step or a number of skipped steps is no whole number.
             ValueError: The file is closed, or a number is out of range.
         """
@@ -189,7 +192,17 @@ class RunFile:
         skipped = _check_counts(skipped)
         if weights is not None:
             _check_histogram("weights", weights)
-        self._write(format_lines(step, record, skipped, weights))
+        numbers = tabulate(record, weights)
+        number = self._declared.get(numbers.columns)
+        if number is not None:
+            self._write(format_step(step, record, skipped, number, numbers))
+            return
+        if len(self._declared) >= _MOST_DECLARED:
+            self._declared.clear()  # the numbers from 0 on get a new meaning
+        number = len(self._declared)
+        line = format_step(step, record, skipped, number, numbers)
+        self._write(numbers.columns.as_line(number) + line)
+        self._declared[numbers.columns] = number
 
     def add_layers(self, layers: Mapping[str, LayerInfo]) -> None:
         """Write a line that describes layers which are missing in the header.
@@ -267,11 +280,11 @@ class RunFile:
                 break
         self._file.truncate(end)
 
-    def _write(self, text: str) -> None:
+    def _write(self, lines: bytes) -> None:
         notice = None
         if self._is_tracked and not has_name(self._file, self._place):
             notice = self._find_new_place()
-        self._write_lines(text)
+        self._write_lines(lines)
         if notice is not None and not self._has_warned:
             self._has_warned = True
             warnings.warn(f"RunFile: {notice}", stacklevel=2)
@@ -293,10 +306,10 @@ class RunFile:
             f"{self.path} now; keep the file until the run has ended."
         )
 
-    def _write_lines(self, text: str) -> None:
+    def _write_lines(self, lines: bytes) -> None:
         start = self._file.seek(0, os.SEEK_END)
         try:
-            _write_all(self._file, _encode(text))
+            _write_all(self._file, memoryview(lines))
         except BaseException:  # also Ctrl-C: no line may follow a torn one
             try:
                 self._file.truncate(start)  # a full disk can shrink a file
@@ -417,12 +430,6 @@ def _write_all(file: BinaryIO, content: memoryview) -> None:
         content = content[file.write(content) :]
 
 
-def _encode(text: str) -> memoryview:
-    # UTF-8 has no lone surrogates. A name may hold one, and backslashreplace writes it as
-    # \udXXX, the escape of JSON.
-    return memoryview(text.encode("utf-8", "backslashreplace"))
-
-
 def _make_relative(path: Path, folder: Path) -> Path:
     """Return `path` relative to `folder`, so that file and folder can be moved together."""
     try:
@@ -431,5 +438,8 @@ def _make_relative(path: Path, folder: Path) -> Path:
         return path.resolve()
 
 
-def _format_line(value: Mapping[str, object]) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+def _format_line(value: Mapping[str, object]) -> bytes:
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    # UTF-8 has no lone surrogates. A name may hold one, and backslashreplace writes it as
+    # \udXXX, the escape of JSON.
+    return text.encode("utf-8", "backslashreplace") + b"\n"

@@ -67,11 +67,12 @@ def assert_same(actual: float, expected: float) -> None:
 
 
 def read_strict_lines(path: Path) -> list[Any]:
-    """Read the lines of a file as standard JSON, without NaN and Infinity."""
+    """Read the text of each line of a file as standard JSON, without NaN and Infinity."""
 
     def fail(constant: str) -> None:
         raise AssertionError(constant)
 
-    text = path.read_bytes().decode("utf-8")
-    assert text.endswith("\n")
-    return [json.loads(line, parse_constant=fail) for line in text[:-1].split("\n")]
+    content = path.read_bytes()
+    assert content.endswith(b"\n")
+    texts = [line.partition(b"\0")[0].decode("utf-8") for line in content[:-1].split(b"\n")]
+    return [json.loads(text, parse_constant=fail) for text in texts]

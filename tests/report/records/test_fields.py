@@ -1,4 +1,7 @@
-"""The bounds of every field of a run file: each bad value is one sentence when it is read."""
+"""The bounds of every field of a run file: each bad value is one sentence when it is read.
+
+The file is of schema 2; test_steps.py has the lines of packed numbers.
+"""
 
 import copy
 import json
@@ -13,7 +16,7 @@ from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS
 from altgrad.report import RunFileError, read
 from altgrad.report.records.fields import LAYER_LINE
 from altgrad.report.records.kinds import FieldError
-from tests.report.records.recording import written
+from tests.report.records.schema_2 import write_schema_2
 
 HUGE = 10**400
 
@@ -21,7 +24,7 @@ HUGE = 10**400
 @pytest.fixture(scope="module")
 def lines(records, header, tmp_path_factory) -> list[Any]:
     """Return the header, a layer's line and the model's line, as JSON values."""
-    path = written(tmp_path_factory.mktemp("run"), header, records[:1])
+    path = write_schema_2(tmp_path_factory.mktemp("run"), header, records[:1])
     first, *rest = map(json.loads, path.read_text().splitlines())
     first["loggers"] = [{"logger": "CSVLogger", "name": "a", "id": None, "version": "0"}]
     first["predecessor"] = {"path": "../other/altgrad.jsonl", "before_step": 0}

@@ -37,7 +37,7 @@ def test_a_header_has_the_formats_under_each_scaling(tmp_path, records) -> None:
     assert infos["bf16"].scaled is False
     assert (infos["nvfp4"].bits, infos["nvfp4"].max, infos["nvfp4"].scaled) == (4, 6.0, True)
     line = json.loads((tmp_path / "altgrad.jsonl").read_text())
-    assert line["altgrad"] == 2
+    assert line["altgrad"] == 3
     assert line["predecessor"] is None
 
 

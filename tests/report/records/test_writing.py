@@ -58,9 +58,9 @@ while True:
     process.stdout.close()
     run = read(tmp_path)
     assert set(range(51)) <= set(run.steps)
-    rows = len(run.rows)
-    assert rows >= 51 * 7
-    assert len((tmp_path / "altgrad.jsonl").read_bytes().splitlines()) - 1 - rows <= 1
+    assert len(run.rows) == 7 * len(run.steps)
+    lines = (tmp_path / "altgrad.jsonl").read_bytes().split(b"\n")[2:]  # behind header and columns
+    assert len(lines) - len(run.steps) <= 1
     # Nor does a killed process keep the lock.
     with RunFile.resume(run.path, 40, read_header(run.path)) as file:
         assert file.path == run.path
@@ -80,7 +80,7 @@ class Disk:
             return self.file.write(data)
         if self.file.tell() > self.room:
             raise OSError(28, "No space left on device")
-        return self.file.write(data[:3000])
+        return self.file.write(data[:500])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)
@@ -113,7 +113,7 @@ def test_a_disk_that_is_full_leaves_whole_lines(tmp_path, records, header, disks
     disk = disks[-1]
     file.append(0, records[0], skipped={})
     size = file.path.stat().st_size
-    disk.room = size + 5000
+    disk.room = size + 600
     with pytest.raises(OSError, match="No space left"):
         file.append(1, records[1], skipped={})
     assert file.path.stat().st_size == size
@@ -158,7 +158,7 @@ def test_no_line_follows_a_torn_one_that_cannot_be_cut_off(
     file = RunFile.create(tmp_path, header)
     file.append(0, records[0], skipped={})
     disk = disks[-1]
-    disk.room = file.path.stat().st_size + 2000
+    disk.room = file.path.stat().st_size + 500
     disk.truncate = lambda _: press_control_c(lambda _: fail_to_truncate(), b"")
     with pytest.raises(OSError, match="No space left"):
         file.append(1, records[1], skipped={})
@@ -172,7 +172,7 @@ def fail_to_truncate() -> None:
     raise OSError(5, "Input/output error")
 
 
-@pytest.mark.parametrize("piece", [1, 7, 1000])
+@pytest.mark.parametrize("piece", [1, 7, 200])
 def test_a_reader_beside_a_writer_never_calls_a_file_damaged(
     tmp_path, records, header, disks, monkeypatch, piece: int
 ) -> None:
@@ -181,7 +181,7 @@ def test_a_reader_beside_a_writer_never_calls_a_file_damaged(
 
     def write_piece(disk: Disk, data: memoryview) -> int:
         count = disk.file.write(data[: max(piece, len(data) // 50)])
-        if next(pieces) % 7 == 0:
+        if next(pieces) % 3 == 0:
             for path in tmp_path.glob("altgrad*.jsonl"):
                 seen.add(read(path).steps)
         return count
@@ -264,7 +264,7 @@ def test_a_resumed_run_has_every_step_once(tmp_path, records, header) -> None:
     assert run.steps == (0, 1, 2, 3)
     assert len(run.rows) == 4 * 7
     assert_same(run.series("update_rms")[2], records[0].model["update_rms"])
-    assert run.notes == ["altgrad.jsonl: resumed before step 2, which supersedes 7 lines"]
+    assert run.notes == ["altgrad.jsonl: resumed before step 2, which supersedes 1 line"]
     RunFile.resume(path, 1, header).close()  # resume again, from an earlier step
     assert read(path).steps == (0,)
 
@@ -358,7 +358,7 @@ def test_layers_that_appear_in_mid_run_are_described_like_others(tmp_path, recor
     run = read(file.path)
     assert dict(run.layers) == dict(header.layers)
     assert run.steps == (0, 1)
-    line = '{"layers":{"a":{"shape":3}}}\n'
-    file.path.write_text(file.path.read_text() + line + line)
+    line = b'{"layers":{"a":{"shape":3}}}\n'
+    file.path.write_bytes(file.path.read_bytes() + line + line)
     with pytest.raises(RunFileError, match="damaged, line "):
         read(file.path)
