@@ -76,7 +76,7 @@ def _format_figures(figures: Figures) -> str:
     if is_sampled:
         numbers = [*numbers, *figures.errors_in_order(WITH_ERRORS)]
     if twins:
-        errors = map(figures.standard_error, _choose_with_errors(twins))
+        errors = figures.twins.errors_in_order(TWIN_METRICS_WITH_ERRORS)
         numbers = [*numbers, *errors, figures.moved_elements]
     is_finite = math.isfinite(sum(numbers))  # these take half the time
     template = _make_template(
