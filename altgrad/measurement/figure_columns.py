@@ -14,7 +14,7 @@ from altgrad.measurement.numbers import Numbers
 
 
 class _Places(NamedTuple):
-    """Where the tables of a step have the figures of layers with equal keys.
+    """The rows of a step's tables that have the figures of layers with equal keys.
 
     Attributes:
         first: The figures of one of the layers.
@@ -32,7 +32,7 @@ class _TableColumns(Mapping[str, Sequence[float]]):
     """A mapping from keys to columns of the tables that layers with equal keys share.
 
     Args:
-        places: Where the tables have the figures of the layers.
+        places: The rows of the tables that have the figures of the layers.
         read: Method of a `StepTable` that returns its column for a key ``metric/format``.
         read_twins: Method of a `TwinTable` that returns its column for a metric of twins, samples
             that are stored and stepped as recipes say.

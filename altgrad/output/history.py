@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from altgrad.measurement.layer_columns import LayerColumns
-from altgrad.report.drawings import heat_map
+from altgrad.report.maps import heat_map
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

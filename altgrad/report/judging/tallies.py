@@ -321,7 +321,7 @@ def _add_mean(
     errors: Sequence[float] | None,
 ) -> None:
     """Add the figures of a metric to the sums of layers, and their errors if there are any."""
-    isfinite, of_errors, stated = math.isfinite, f"error of {metric}", f"stated {metric}"
+    isfinite, error_key, stated = math.isfinite, f"error of {metric}", f"stated {metric}"
     for tally, value, error in zip(tallies, values, errors or values, strict=True):
         if not isfinite(value):
             continue
@@ -332,8 +332,8 @@ def _add_mean(
             continue
         counts[stated] += 1
         if isfinite(error):
-            sums[of_errors] += error  # type: ignore[assignment]
-            counts[of_errors] += 1
+            sums[error_key] += error  # type: ignore[assignment]
+            counts[error_key] += 1
 
 
 def _estimate_share_error(share: float, layer: LayerInfo | None) -> float:
