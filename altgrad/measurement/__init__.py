@@ -11,8 +11,9 @@ Read the files in the order of the data:
   one tensor of any size and for batches of small ones. `ever_moved` keeps flags between steps.
 - `catalogue` lists the metrics, and `metrics` has a formula for each. `intervals` and
   `standard_errors` compute how far a figure from a sample may be off.
-- `step_table` adds layers up to a model, and `figures` reads one layer or model. `numbers` and
-  `histogram` are the types of their results.
+- `step_table` adds layers up to a model, and `figures` reads one layer or model. `figure_columns`
+  reads a figure of all layers at once. `numbers`, `histogram` and `layer_columns` are the types of
+  their results.
 - `twin_sums`, `ratio_bins`, `twin_parts`, `twin_table` and `twin_figures` are the stages from sums
   to figures for twins, which step a sample of each layer that is stored in another way.
 - `measure` measures one step of one tensor, and `step_record` is the result of one observed step of

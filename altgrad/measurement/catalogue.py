@@ -159,6 +159,20 @@ NEED_TRACKING = frozenset({"never_moved_frac"})
 These metrics are NaN unless flags are kept that say for each element whether any step has moved it.
 """
 
+STATED_ERRORS = (
+    *("kept_update_ratio", "stall_frac", "never_moved_frac"),
+    *("underflow_frac", "saturated_frac"),
+)
+"""Metrics of a format whose standard errors every observed step needs: for verdicts and files.
+
+The errors of these metrics are computed together, and those of all others when one is read.
+"""
+STATED_TWIN_ERRORS = ("progress_kept", "window_progress_kept", "frozen_frac", "still_frac")
+"""Metrics of twins whose standard errors every observed step needs: for verdicts and files.
+
+A twin is a sample of a layer that is stored and stepped as a recipe says.
+"""
+
 
 def get_metric(name: str) -> Metric:
     """Return the unit, the range and the meaning of a metric, given its name.

@@ -3,13 +3,14 @@
 Read `step_table` first, which computes the figures of all layers at once, and `twin_figures`, which
 does so for twins.
 
-`step_record` comes next: it holds the figures of each layer, and of the model.
+`figure_columns` comes next, which reads the figures of all layers of a step at once; `step_record`
+holds the figures of each layer, and of the model.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -20,7 +21,7 @@ from altgrad.measurement.histogram import FIRST_STEPS_OCTAVE, FIRST_WEIGHTS_OCTA
 from altgrad.measurement.intervals import find_interval
 from altgrad.measurement.notebook import write_table
 from altgrad.measurement.numbers import Numbers
-from altgrad.measurement.step_table import FormatRows, StepTable, error_columns
+from altgrad.measurement.step_table import FormatRows, StepTable
 from altgrad.measurement.twin_figures import NO_TWINS, TwinFigures, merge_twins
 
 _FIRST_OCTAVES = {"weights": FIRST_WEIGHTS_OCTAVE, "ulps": 0, "steps": FIRST_STEPS_OCTAVE}
@@ -52,6 +53,16 @@ class Figures(Mapping[str, float]):
     def formats(self) -> tuple[str, ...]:
         """The names of the number formats for which there are figures (values of metrics)."""
         return self._formats
+
+    @property
+    def table(self) -> StepTable:
+        """The table that computes these figures, and those of all other layers of the step."""
+        return self._table
+
+    @property
+    def rows(self) -> FormatRows:
+        """The row of `table` with the figures of each format; under None, of metrics without."""
+        return self._rows
 
     @property
     def recipes(self) -> tuple[str, ...]:
@@ -102,6 +113,21 @@ class Figures(Mapping[str, float]):
         """
         row = self._find_row(key)
         return self._twins[key] if row is None else self._table.figure(key, row)
+
+    def __contains__(self, key: object) -> bool:
+        """Return True if there is a figure (value of a metric) with this key."""
+        text = str(key)
+        is_own = text in self._table.columns and (text.partition("/")[2] or None) in self._rows
+        return is_own or key in self._twins
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return one figure, the value of a metric, or `default` if there is none with this key.
+
+        Args:
+            key: ``metric``, ``metric/format`` or ``metric/recipe``.
+            default: What is returned for another key.
+        """
+        return self[key] if key in self else default  # noqa: SIM401 - that is this method itself
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the keys: ``metric``, then ``metric/format``, then ``metric/recipe``."""
@@ -186,11 +212,12 @@ class Figures(Mapping[str, float]):
         # Most layers and models have the formats of the table, and one row: that is the result.
         figures, rows = self._table.figures, self._rows
         if self._formats == self._table.formats and len({*rows.values()}) == 1:
-            return figures[rows[None]]
-        numbers = figures[rows[None]][: len(LAYER_METRICS)]
+            numbers: list[float] = figures[rows[None]].tolist()
+            return numbers
+        numbers = figures[rows[None], : len(LAYER_METRICS)].tolist()
         for format in self._formats:
             start = len(LAYER_METRICS) + self._table.formats.index(format) * len(FORMAT_METRICS)
-            numbers += figures[rows[format]][start : start + len(FORMAT_METRICS)]
+            numbers += figures[rows[format], start : start + len(FORMAT_METRICS)].tolist()
         return numbers
 
     def twins_in_order(self) -> Sequence[float]:
@@ -210,9 +237,10 @@ class Figures(Mapping[str, float]):
         Returns:
             A flat sequence: the errors of all `metrics` for the first format, then for the next.
         """
-        errors, rows = self._table.errors, self._rows
-        places = _error_places(self._table.formats, self._formats, metrics)
-        return [errors[rows[format]][column] for format, column in places]
+        table = self._table
+        errors = [table.estimate_errors(name) for name in metrics]
+        places = [(self._rows[name], table.formats.index(name)) for name in self._formats]
+        return [each[place].item() for place in places for each in errors]
 
     def histogram(self, key: str) -> Histogram:
         """Return a histogram with a bin for each octave, from a power of two up to the next.
@@ -283,25 +311,6 @@ class Figures(Mapping[str, float]):
         else:
             expected = "metric" if name in LAYER_METRICS else self._twins.describe_keys(name)
         raise KeyError(f"{key!r}: expected {expected}")
-
-
-@functools.lru_cache(maxsize=256)  # one entry for each set of formats that a layer is judged for
-def _error_places(
-    known: tuple[str, ...], formats: tuple[str, ...], metrics: tuple[str, ...]
-) -> tuple[tuple[str, int], ...]:
-    """Find the columns of `StepTable.errors` with the standard error of each metric and format.
-
-    Args:
-        known: Names of the formats of the table.
-        formats: Names of the formats to find.
-        metrics: Names of the metrics to find.
-
-    Returns:
-        Pairs of a format and a column of `StepTable.errors`: those of all metrics for the first
-        format, then for the next.
-    """
-    columns = error_columns(known)
-    return tuple((each, columns[f"{name}/{each}"]) for each in formats for name in metrics)
 
 
 def layer_figures(

@@ -16,7 +16,12 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS, figure_keys
+from altgrad.measurement.catalogue import (
+    FORMAT_METRICS,
+    LAYER_METRICS,
+    STATED_ERRORS,
+    figure_keys,
+)
 from altgrad.measurement.columns import (
     CLUSTERS,
     ELEMENTS,
@@ -38,6 +43,7 @@ from altgrad.measurement.standard_errors import EstimateSums, estimate_sums, sta
 FormatRows = Mapping[str | None, int]
 """The row of a `StepTable` to read for each format; under None, for metrics without a format."""
 
+_ESTIMATES = (*LAYER_ESTIMATES, *FORMAT_ESTIMATES)
 _HISTOGRAMS = {"ulps": slice(0, 1), "weights": slice(1, 2), "steps": slice(2, None)}
 """The position of each histogram along axis 1 of `StepTable._octaves`; formats are side by side."""
 
@@ -46,7 +52,7 @@ class StepTable:
     """A table of the sums and maxima of layers in a step, with the figures that follow from them.
 
     A row is a layer or a model. Figures (values of metrics), their standard errors and histograms
-    are each computed for all rows, when one of them is first read.
+    are computed once and for all rows, when one of them is first read.
 
     Args:
         formats: Names of the formats, in the order of their columns.
@@ -72,9 +78,8 @@ class StepTable:
         self.members = members or {}
         self.columns = _figure_columns(self.formats)
         self._places = _places(len(self.formats))
-        # The first metric that was read, and its figures for all rows; see `figure`.
-        self._first: tuple[str, list[list[float]]] | None = None
-        self._figures: list[list[float]] | None = None
+        self._evaluated: dict[str, Numbers] = {}  # of each metric that was read, in all rows
+        self._errors: dict[str, Numbers] = {}
 
     @classmethod
     def with_model(
@@ -146,49 +151,40 @@ class StepTable:
     def figure(self, key: str, row: int) -> float:
         """Return one figure, the value of a metric, of a layer or model; NaN if it has no value.
 
-        The first metric that is read is computed alone. As soon as a second metric is read, all are
-        computed at once.
-
         Args:
             key: ``metric`` or ``metric/format``.
             row: Row of the layer or model.
         """
-        # A monitor may read a single metric of a step: update_rms, to see whether the optimizer
-        # skipped the step. One metric takes a tenth of the time of all.
-        metric, _, format = key.partition("/")
-        if self._figures is None and self._first is None:
-            self._first = metric, self._evaluate(metric).tolist()
-        if self._figures is None and self._first is not None and self._first[0] == metric:
-            value = self._first[1][row][self.formats.index(format) if format else 0]
-        else:
-            value = self.figures[row][self.columns[key]]
+        value = self.read_column(key)[row].item()
         # math.nan itself: lists and tuples compare by identity first, so that equal figures compare
         # as equal also if they are NaN.
         return math.nan if math.isnan(value) else value
 
-    def _evaluate(self, metric: str) -> Numbers:
-        """Compute a metric for all layers and models, float64 (rows, 1 or formats)."""
-        with quiet():
-            return FORMULAS[metric](self)
+    def read_column(self, key: str) -> Numbers:
+        """Return the figures of all layers and models by a key, float64 (rows).
 
-    @property
-    def figures(self) -> list[list[float]]:
-        """The values of all metrics by row, a layer or model, in the order of `columns`."""
-        if self._figures is None:
-            layer_values = [self._evaluate(name) for name in LAYER_METRICS]
-            format_values = [self._evaluate(name) for name in FORMAT_METRICS]
-            self._figures = _by_key(layer_values, format_values).tolist()
-        return self._figures
+        Args:
+            key: ``metric`` or ``metric/format``.
+        """
+        metric, place = self._find_place(key)
+        return self.evaluate(metric)[:, place]
+
+    def evaluate(self, metric: str) -> Numbers:
+        """Return a metric of all layers and models, float64 (rows, 1 or formats).
+
+        A metric is computed when it is first read, for all rows and formats at once. A monitor may
+        read a single one of a step, which takes a tenth of the time of all.
+        """
+        if metric not in self._evaluated:
+            with quiet():
+                self._evaluated[metric] = FORMULAS[metric](self)
+        return self._evaluated[metric]
 
     @functools.cached_property
-    def errors(self) -> list[list[float]]:
-        """The standard errors of metrics by layer or model, in the order of `error_columns`."""
-        each = [estimate_sums(name, self, 1) for name in LAYER_ESTIMATES]
-        each += [estimate_sums(name, self, len(self.formats)) for name in FORMAT_ESTIMATES]
-        sums = EstimateSums(*(np.concatenate(part, axis=1) for part in zip(*each, strict=True)))
-        counted = self.vectors[:, [POPULATION, ELEMENTS, CLUSTERS]]
-        errors: list[list[float]] = standard_errors(sums, counted, self.members).tolist()
-        return errors
+    def figures(self) -> Numbers:
+        """The values of all metrics by row, a layer or model, in the order of `columns`."""
+        layer_values = [self.evaluate(name) for name in LAYER_METRICS]
+        return _by_key(layer_values, [self.evaluate(name) for name in FORMAT_METRICS])
 
     def error(self, key: str, row: int) -> float:
         """Return the standard error of a figure (value of a metric); NaN if its metric has none.
@@ -197,8 +193,50 @@ class StepTable:
             key: ``metric`` or ``metric/format``.
             row: Row of the layer or model.
         """
-        column = error_columns(self.formats).get(key)
-        return math.nan if column is None else self.errors[row][column]
+        return float(self.read_errors(key)[row])
+
+    def read_errors(self, key: str) -> Numbers:
+        """Return the standard errors of all layers and models by a key, float64 (rows).
+
+        They are NaN for a metric without standard errors.
+
+        Args:
+            key: ``metric`` or ``metric/format``.
+        """
+        metric, place = self._find_place(key)
+        if metric not in _ESTIMATES:
+            return np.full(len(self.vectors), np.nan)
+        return self.estimate_errors(metric)[:, place]
+
+    def estimate_errors(self, metric: str) -> Numbers:
+        """Return the standard errors of a metric in all rows, float64 (rows, 1 or formats).
+
+        The errors of `STATED_ERRORS` are computed together, and those of all other metrics.
+
+        Args:
+            metric: Name of a metric that has standard errors.
+        """
+        if metric not in self._errors:
+            is_stated = metric in STATED_ERRORS
+            names = [name for name in _ESTIMATES if (name in STATED_ERRORS) is is_stated]
+            self._errors |= zip(names, self._estimate_errors(names), strict=True)
+        return self._errors[metric]
+
+    def _estimate_errors(self, metrics: Sequence[str]) -> list[Numbers]:
+        """Compute the standard errors of metrics, float64 (rows, 1 or formats) each."""
+        widths = [1 if name in LAYER_METRICS else len(self.formats) for name in metrics]
+        each = [
+            estimate_sums(name, self, width) for name, width in zip(metrics, widths, strict=True)
+        ]
+        sums = EstimateSums(*(np.concatenate(part, axis=1) for part in zip(*each, strict=True)))
+        counted = self.vectors[:, [POPULATION, ELEMENTS, CLUSTERS]]
+        errors = standard_errors(sums, counted, self.members)
+        return np.split(errors, np.cumsum(widths)[:-1], axis=1)
+
+    def _find_place(self, key: str) -> tuple[str, int]:
+        """Return the metric of a key, and the place of its format in the columns of the metric."""
+        metric, _, format = key.partition("/")
+        return metric, self.formats.index(format) if format else 0
 
     @functools.cached_property
     def counted(self) -> list[list[int]]:
@@ -293,21 +331,6 @@ def _places(formats: int) -> Mapping[str, slice]:
 def _figure_columns(formats: tuple[str, ...]) -> Mapping[str, int]:
     """Return the position of each key, ``metric`` or ``metric/format``, in `StepTable.figures`."""
     return {key: column for column, key in enumerate(figure_keys(formats))}
-
-
-@functools.lru_cache(maxsize=64)
-def error_columns(formats: tuple[str, ...]) -> Mapping[str, int]:
-    """Return the position of each key, ``metric`` or ``metric/format``, in `StepTable.errors`.
-
-    Args:
-        formats: Names of the formats.
-
-    Returns:
-        Positions by key: metrics without a format first, then each metric for all formats. Metrics
-        without a standard error are left out.
-    """
-    keys = (f"{name}/{format}" for name in FORMAT_ESTIMATES for format in formats)
-    return {key: column for column, key in enumerate((*LAYER_ESTIMATES, *keys))}
 
 
 def _merged(vectors: Numbers, layers: Sequence[int], middle: int) -> Numbers:

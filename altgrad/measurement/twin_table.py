@@ -20,7 +20,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from altgrad.measurement.catalogue import get_metric, twin_metrics
+from altgrad.measurement.catalogue import STATED_TWIN_ERRORS, get_metric, twin_metrics
 from altgrad.measurement.metrics import quiet
 from altgrad.measurement.numbers import Numbers
 from altgrad.measurement.standard_errors import EstimateSums, standard_errors
@@ -60,7 +60,7 @@ class TwinTable:
         vectors: The `vectors` argument.
         counted: The `counted` argument.
         members: The `members` argument; empty by default.
-        columns: Position of each metric in the rows of `figures` and `errors`.
+        columns: Position of each metric in the rows of `figures`.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class TwinTable:
         self.members = members or {}
         self.columns = _number_metrics(self.states)
         self._layout = TwinColumns(self.states)
+        self._errors: dict[str, Numbers] = {}  # of each metric
 
     @classmethod
     def with_model(
@@ -115,7 +116,7 @@ class TwinTable:
         return table, {recipe: len(vectors) + place for place, recipe in enumerate(rows)}
 
     @cached_property
-    def figures(self) -> list[list[float]]:
+    def figures(self) -> Numbers:
         """The values of all metrics by row, a layer or model with a recipe, as in `columns`.
 
         A *recipe* says how weights and optimizer states are stored.
@@ -126,25 +127,35 @@ class TwinTable:
         by_metric = dict(zip(self._layout.ratios, ratios.T, strict=True))
         by_metric |= zip(self._layout.medians, medians.T, strict=True)
         by_metric |= {name: np.sqrt(by_metric[name]) for name in self._layout.roots}
-        figures: list[list[float]] = np.stack(
-            [by_metric[name] for name in self.columns], 1
-        ).tolist()
-        return figures
+        return np.stack([by_metric[name] for name in self.columns], 1)
 
-    @cached_property
-    def errors(self) -> list[list[float]]:
-        """The standard errors of metrics by row (layer or model with a recipe); NaN where missing.
+    def read_column(self, metric: str) -> Numbers:
+        """Return the figures of a metric by row, a layer or model with a recipe, float64 (rows)."""
+        return self.figures[:, self.columns[metric]]
 
-        A *recipe* says how weights and optimizer states are stored.
+    def estimate_errors(self, metric: str) -> Numbers:
+        """Return the standard errors of a metric by row; NaN for a metric that has none.
 
-        The errors are in the order of `columns`.
+        A row is a layer or model with a *recipe*, which says how weights and optimizer states are
+        stored. The errors of `STATED_TWIN_ERRORS` are computed together, and those of all other
+        metrics.
+
+        Args:
+            metric: Name of the metric.
+
+        Returns:
+            Standard errors, float64 (rows).
         """
-        names = [name for name in self._layout.ratios if name not in self._layout.roots]
-        errors = np.full((len(self.vectors), len(self.columns)), np.nan)
-        found = standard_errors(self._estimate_sums(names), self.counted, self.members)
-        errors[:, [self.columns[name] for name in names]] = found
-        lists: list[list[float]] = errors.tolist()
-        return lists
+        if metric not in self._errors:
+            is_stated = metric in STATED_TWIN_ERRORS
+            known = {*self._layout.ratios} - {*self._layout.roots}
+            same = [name for name in self.columns if (name in STATED_TWIN_ERRORS) is is_stated]
+            names = [name for name in same if name in known]
+            missing = np.full(len(self.vectors), np.nan)
+            self._errors |= dict.fromkeys(same, missing)
+            found = standard_errors(self._estimate_sums(names), self.counted, self.members)
+            self._errors |= zip(names, found.T, strict=True)
+        return self._errors[metric]
 
     @cached_property
     def moved(self) -> list[float]:

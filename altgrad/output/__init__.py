@@ -5,9 +5,10 @@ for the callback of `altgrad_lightning`. It needs no trainer, and loads no logge
 
 Read `output` first. `charts` turns figures into rows of numbers, `history` and `panels` keep
 figures for pictures, and `loggers` passes numbers, pictures and verdicts to each kind of logger;
-`tensorboard` has the groups and runs of TensorBoard. `summary_writer` makes a logger of a
-SummaryWriter of torch. `summary` writes the verdicts at the end of a training. An `Output` takes
-one record for each step: `altgrad.measurement.merging` merges those of several optimizers before.
+`tensorboard` has the groups and runs of TensorBoard, and `scalars` writes the numbers of a step to
+it. `summary_writer` makes a logger of a SummaryWriter of torch. `summary` writes the verdicts at
+the end of a training. An `Output` takes one record for each step: `altgrad.measurement.merging`
+merges those of several optimizers before.
 """
 
 from altgrad.measurement.merging import merge_records

@@ -15,11 +15,12 @@ for pictures.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS, NOW
 from altgrad.measurement.figures import Figures
+from altgrad.measurement.layer_columns import LayerColumns
 from altgrad.observation.rules import SamplingRule
 from altgrad.report.judging.calibration import calibration
 
@@ -148,6 +149,7 @@ class Charts:
         step: int,
         model: Figures,
         layers: Mapping[str, Figures],
+        columns: Iterable[LayerColumns],
         monitor: Mapping[str, float],
     ) -> list[Row]:
         """Add the figures of a step, and return the rows that can be logged now.
@@ -156,6 +158,7 @@ class Charts:
             step: The step to log at.
             model: Figures of the model.
             layers: Figures of each layer, by name.
+            columns: The same figures as columns.
             monitor: Numbers about observing itself, for keys ``altgrad/monitor/…``.
 
         Returns:
@@ -163,7 +166,7 @@ class Charts:
             kept back, and the row of this step.
         """
         self._note_twins(model, layers)
-        self._note_frozen(layers)
+        self._note_frozen(columns)
         shown = monitor if self._has_all else {k: monitor[k] for k in monitor if k in HEADLINE}
         self._waiting.append((Row(step, self._model_row(model), dict(shown), {}), layers))
         if self.charted is None:
@@ -234,15 +237,20 @@ class Charts:
             if figures.recipes:
                 self._recipes.setdefault(name, {}).update(dict.fromkeys(figures.recipes))
 
-    def _note_frozen(self, layers: Mapping[str, Figures]) -> None:
+    def _note_frozen(self, columns: Iterable[LayerColumns]) -> None:
         """Update the sets of layers that have not moved so far, one set by recipe and format.
 
         A layer without figures in this step, which other steps observe, is left as it was.
         """
-        for name, figures in layers.items():
-            for recipe in {*figures.recipes, *figures.formats}:
-                frozen = self._frozen.setdefault(recipe, set())
-                (frozen.add if _is_frozen(figures, recipe) else frozen.discard)(name)
+        for each in columns:
+            recipes, formats = each.list_names("progress_kept"), each.list_names("never_moved_frac")
+            for name in dict.fromkeys((*recipes, *formats)):
+                is_frozen = (
+                    _find_still(each, name) if name in recipes else _find_unmoved(each, name)
+                )
+                frozen = self._frozen.setdefault(name, set())
+                for layer, is_still in zip(each.layers, is_frozen, strict=True):
+                    (frozen.add if is_still else frozen.discard)(layer)
 
     def _model_row(self, model: Figures) -> dict[str, float]:
         """Return the figures of the model to log, by key; NaN where it has none."""
@@ -252,7 +260,7 @@ class Charts:
         if self._has_all:
             keys += [*_join_keys([*LAYER_METRICS], [*FORMAT_METRICS], self._formats)]
             keys += self._twin_keys
-        return {key: headline.get(key, model.get(key, math.nan)) for key in keys}
+        return {key: model.get(key, math.nan) for key in keys} | headline
 
     def _summarize(self, model: Figures) -> dict[str, float]:
         """Return the headline: the progress kept and the frozen layers, and what the run loses.
@@ -411,21 +419,23 @@ def _is_progress(key: str) -> bool:
     return key.startswith("progress_kept/")
 
 
-def _is_frozen(figures: Figures, recipe: str) -> bool:
-    """Return True if a layer has not moved so far, as its twin or else its single updates tell.
+def _find_still(columns: LayerColumns, recipe: str) -> list[bool]:
+    """Return for each layer True if its twin, a sample stored as a recipe says, has not moved.
 
     Unlike a verdict, this ignores the sampling error.
-
-    Args:
-        figures: Figures of the layer.
-        recipe: Name of a recipe that a twin, a sample of the layer, tries; or of a format.
     """
-    if recipe in figures.recipes:
-        limits = calibration().thresholds
-        is_still = figures.get(f"frozen_frac/{recipe}", math.nan) >= limits.frozen
-        return is_still and figures.get(f"progress_kept/{recipe}", math.nan) < limits.frozen_kept
+    limits, kept = calibration().thresholds, columns.figures[f"progress_kept/{recipe}"]
+    frozen = columns.figures[f"frozen_frac/{recipe}"]
+    return [
+        share >= limits.frozen and progress < limits.frozen_kept
+        for share, progress in zip(frozen, kept, strict=True)
+    ]
+
+
+def _find_unmoved(columns: LayerColumns, format: str) -> list[bool]:
+    """Return for each layer True if no single update so far would have moved it in a format."""
     limit = calibration().step_thresholds.frozen
-    return figures.get(f"never_moved_frac/{recipe}", math.nan) >= limit
+    return [share >= limit for share in columns.figures[f"never_moved_frac/{format}"]]
 
 
 def _select_charted(figures: Mapping[str, float]) -> dict[str, float]:

@@ -8,12 +8,14 @@ Read this file after `charts`. The next file is `panels`; `loggers` shows the he
 
 from __future__ import annotations
 
+import itertools
 import math
 from array import array
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from altgrad.report.drawings import heat_map
+from altgrad.measurement.layer_columns import LayerColumns
+from altgrad.report.maps import heat_map
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,12 +43,12 @@ class History:
         self._columns: list[_Column] = []
         self._positions: dict[str, dict[str, int]] = {}  # by format and layer
 
-    def add(self, step: int, layers: Mapping[str, Mapping[str, float]]) -> None:
+    def add(self, step: int, layers: Iterable[LayerColumns]) -> None:
         """Add the figures of an observed (measured) step.
 
         Args:
             step: The step that the figures are logged at.
-            layers: By name of the layer, figures by ``{metric}/{format}``.
+            layers: The figures of the layers, by ``{metric}/{format}``.
         """
         if self._is_full and len(self._columns) == self._most_columns:
             self._merge_pairs()
@@ -54,9 +56,10 @@ class History:
             self._columns.append(_Column(step))
         column = self._columns[-1]
         column.steps += 1
-        for layer, figures in layers.items():
-            for format, key in self._find_keys(figures):
-                column.add(self._find_position(format, layer), figures[key])
+        for columns in layers:
+            for format in columns.list_names(self.metric):
+                positions = self._find_positions(format, columns.layers)
+                column.add(positions, columns.figures[f"{self.metric}/{format}"])
 
     def get_means(self, format: str) -> dict[str, dict[int, float]]:
         """Return the mean figures of each layer in a format, by column of a heat map.
@@ -103,18 +106,13 @@ class History:
     def _is_full(self) -> bool:
         return not self._columns or self._columns[-1].steps == self.per_column
 
-    def _find_keys(self, figures: Mapping[str, float]) -> list[tuple[str, str]]:
-        formats = getattr(figures, "formats", None)
-        if formats is None:
-            prefix = f"{self.metric}/"
-            formats = [key[len(prefix) :] for key in figures if key.startswith(prefix)]
-        return [(format, f"{self.metric}/{format}") for format in formats]
-
-    def _find_position(self, format: str, layer: str) -> int:
+    def _find_positions(self, format: str, layers: Sequence[str]) -> list[int]:
+        """Return the position of each layer in a format, and give new layers the next ones."""
         positions = self._positions.setdefault(format, {})
-        if layer not in positions:
-            positions[layer] = sum(map(len, self._positions.values()))
-        return positions[layer]
+        if not positions.keys() >= {*layers}:
+            free = itertools.count(sum(map(len, self._positions.values())))
+            positions |= {name: next(free) for name in layers if name not in positions}
+        return [positions[name] for name in layers]
 
     def _merge_pairs(self) -> None:
         self.per_column *= 2
@@ -136,20 +134,27 @@ class _Column:
         self.sums = array("f")
         self.counts = array("f")  # NaN marks a layer that was not observed
 
-    def add(self, position: int, value: float, count: float = 1) -> None:
-        """Add `count` figures with mean `value` at the position of a layer and format.
+    def add(self, positions: Sequence[int], values: Sequence[float]) -> None:
+        """Add a figure at each position of a layer and format.
 
-        A `value` of NaN stands for an observed layer without a figure.
+        A value of NaN stands for an observed layer without a figure.
         """
+        self._reach(max(positions, default=-1))
+        sums, counts, isfinite = self.sums, self.counts, math.isfinite
+        for position, value in zip(positions, values, strict=True):
+            count = counts[position]
+            if math.isnan(count):
+                counts[position] = count = 0.0
+            if isfinite(value):
+                sums[position] += value
+                counts[position] = count + 1
+
+    def _reach(self, position: int) -> None:
+        """Lengthen the arrays up to a position."""
         missing = position + 1 - len(self.sums)
         if missing > 0:
             self.sums.extend([0.0] * missing)
             self.counts.extend([math.nan] * missing)
-        if math.isnan(self.counts[position]):
-            self.counts[position] = 0
-        if math.isfinite(value):
-            self.sums[position] += count * value
-            self.counts[position] += count
 
     def get_mean(self, position: int) -> float | None:
         """Return the mean at the position of a layer and format.
@@ -164,8 +169,10 @@ class _Column:
     def merge(self, later: _Column) -> _Column:
         """Add the figures of a column of later steps to this column, and return this column."""
         self.steps += later.steps
+        self._reach(len(later.counts) - 1)
         for position, count in enumerate(later.counts):
             if not math.isnan(count):
-                mean = later.sums[position] / count if count else math.nan
-                self.add(position, mean, count)
+                mine = self.counts[position]
+                self.counts[position] = count if math.isnan(mine) else mine + count
+                self.sums[position] += later.sums[position]
         return self

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import altgrad.output.loggers as boards
+from altgrad.measurement.figure_columns import split_columns
 from altgrad.measurement.figures import Figures, model_figures
 from altgrad.measurement.histogram import Histogram
 from altgrad.measurement.step_record import StepRecord
@@ -31,7 +32,6 @@ from altgrad.report import (
     LayerInfo,
     RunFile,
     RunFileError,
-    StandardErrors,
     describe_frozen_now,
     find_frozen,
     ranges,
@@ -138,12 +138,13 @@ class Output:
         self._written += 1
         # Pictures take a second or two, so they are drawn at the 1st, 4th, 16th, … record only.
         weights = self._count_weights() if _is_even_power(self._written) else None
-        for name, figures in record.layers.items():
-            self._judge.add(step, name, figures, StandardErrors(figures))
-        self._history.add(step, record.layers)
+        columns = split_columns(record.layers)
+        for each in columns:
+            self._judge.add_columns(step, each)
+        self._history.add(step, columns)
         self._append(step, record, weights, skipped)
         monitor = self._measure_overhead(step, record, sum(skipped.values()))
-        self._chart(self._charts.add(step, record.model, record.layers, monitor))
+        self._chart(self._charts.add(step, record.model, record.layers, columns, monitor))
         self._last_step = step
         if self._settings.histograms:
             histograms = self._step_histograms(record)

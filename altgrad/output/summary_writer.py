@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from altgrad.output.scalars import write_scalars
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -31,11 +33,10 @@ class WriterLogger:
         self.version = getattr(writer, "log_dir", None)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Write numbers as scalars.
+        """Write numbers as scalars, all in one event.
 
         Args:
             metrics: The numbers by tag.
             step: The step to write them at.
         """
-        for tag, value in metrics.items():
-            self.experiment.add_scalar(tag, value, step)
+        write_scalars(self.experiment, metrics, step)

@@ -8,7 +8,8 @@ and recipe writes to a run of its own, in the folder ``altgrad/{name}`` of the u
 shows all of them, each in the colour of its run. Figures without a format, and those of the
 training itself (``now``), are in the user's run.
 
-Read `loggers` first, which knows what each logger can show.
+Read `loggers` first, which knows what each logger can show. The next file is `scalars`, which
+writes the numbers of a step.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 from altgrad.measurement.catalogue import NOW
 from altgrad.output.charts import HEADLINE, Row
+from altgrad.output.scalars import log_scalars, write_scalars
 
 HEADLINE_GROUP = "1-AltGrad"
 MODEL_GROUP = "2-AltGrad-model"
@@ -62,13 +64,17 @@ class TensorBoardRuns:
     def log_row(self, row: Row) -> None:
         """Write the numbers of a step, each to the run of its format or recipe."""
         own: dict[str, float] = {}
+        others: dict[str, dict[str, float]] = {}
         for tag, name, value in _list_tags(row):
-            writer = None if name in ("", NOW) else self._find_writer(name)
-            if writer is not None:
-                writer.add_scalar(tag, value, row.step)
+            if name in ("", NOW):
+                own[tag] = value
+            elif self._find_writer(name) is None:
+                own[f"{tag}/{name}"] = value
             else:
-                own[tag if name in ("", NOW) else f"{tag}/{name}"] = value
-        self._logger.log_metrics(own, step=row.step)
+                others.setdefault(name, {})[tag] = value
+        for name, scalars in others.items():
+            write_scalars(self._find_writer(name), scalars, row.step)
+        log_scalars(self._logger, own, row.step)
 
     def close(self) -> None:
         """Close the runs of formats and recipes, and leave that of the user open."""

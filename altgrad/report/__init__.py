@@ -49,11 +49,12 @@ if TYPE_CHECKING:
     )
     from altgrad.report.confirmation_drawing import agreement
     from altgrad.report.confirmation_table import print_confirmation
-    from altgrad.report.drawings import heat_map, kept_map, ranges, steps_histogram
+    from altgrad.report.drawings import ranges, steps_histogram
     from altgrad.report.judging.decimals import format_kept
     from altgrad.report.judging.judge import Judge, StandardErrors, judge_run
     from altgrad.report.judging.summaries import write_nonfinite, write_sentence, write_word
     from altgrad.report.judging.verdicts import Advice, Assessment, RunAdvice, Verdict
+    from altgrad.report.maps import heat_map, kept_map
     from altgrad.report.markdown import write_comment, write_verdicts
     from altgrad.report.memory import (
         Bytes,
@@ -172,9 +173,10 @@ if not TYPE_CHECKING:  # a `__getattr__` would make every name Any for mypy
             "confirmation": "Confirmation ConfirmedLayer FrozenCounts Pair find_confirmation",
             "confirmation_drawing": "agreement",
             "confirmation_table": "print_confirmation",
-            "drawings": "heat_map kept_map ranges steps_histogram",
+            "drawings": "ranges steps_histogram",
             "judging.decimals": "format_kept",
             "judging.judge": "Judge StandardErrors judge_run",
+            "maps": "heat_map kept_map",
             "markdown": "write_comment write_verdicts",
             "next_lines": "NextLine list_next_lines",
             "memory": "Bytes Memory describe_saved format_saved measure_memory",

@@ -43,6 +43,24 @@ def in_default_style(draw: Callable[_P, _R]) -> Callable[_P, _R]:
     return draw_in_style
 
 
+def make_figure(width: float, height: float) -> Figure:
+    """Make a figure without axes.
+
+    Args:
+        width: Width of the figure in inches.
+        height: Height of the figure in inches.
+
+    Returns:
+        The figure.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def new_figure(
     width: float, height: float, heights: Sequence[float] = (1,)
 ) -> tuple[Figure, list[Axes]]:
@@ -56,11 +74,8 @@ def new_figure(
     Returns:
         The figure, and its axes from top to bottom.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = make_figure(width, height)
+    figure.set_layout_engine("constrained")
     axes = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)
     return figure, [*axes[:, 0]]
 
@@ -76,11 +91,7 @@ def new_panels(width: float, height: float, count: int) -> tuple[Figure, list[Ax
     Returns:
         The figure, and its axes from left to right.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
+    figure = make_figure(width, height)
     figure.set_layout_engine("constrained", h_pad=0.1)  # inches between titles
     return figure, [*figure.subplots(1, count, squeeze=False)[0]]
 

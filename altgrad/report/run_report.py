@@ -21,10 +21,11 @@ from altgrad.measurement.histogram import Histogram
 from altgrad.report.answers import is_low, write_answer
 from altgrad.report.applying import write_code
 from altgrad.report.cells import UNMOVED, UNMOVED_MEANING, Meaning, list_legend
-from altgrad.report.drawings import heat_map, kept_map, ranges, steps_histogram
+from altgrad.report.drawings import ranges, steps_histogram
 from altgrad.report.judging.calibration import calibration
 from altgrad.report.judging.judge import judge_run
 from altgrad.report.judging.verdicts import Advice, Assessment
+from altgrad.report.maps import heat_map, kept_map
 from altgrad.report.means import average_finite
 from altgrad.report.no_steps import explain_no_step
 from altgrad.report.ranking import LOST, find_frozen, rank_layers

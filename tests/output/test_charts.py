@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from altgrad.measurement.catalogue import FORMAT_METRICS, LAYER_METRICS
+from altgrad.measurement.layer_columns import LayerRow, gather_columns
 from altgrad.output.charts import PER_LAYER, PER_LAYER_AND_FORMAT, Charts, Row, check_charts
 
 FORMATS = ("bf16", "e5m2")
@@ -37,9 +38,20 @@ def add_twins(made: Figures, *recipes: str, states: tuple[str, ...] = ()) -> Fig
     return twinned
 
 
+def add(
+    charts: Charts,
+    step: int,
+    model: Figures,
+    layers: Mapping[str, Figures],
+    monitor: Mapping[str, float],
+) -> list[Row]:
+    columns = gather_columns(LayerRow(name, each, {}) for name, each in layers.items())
+    return charts.add(step, model, layers, columns, monitor)
+
+
 def rows(charts: Charts, *steps: Mapping[str, Figures]) -> list[tuple[int, dict[str, float]]]:
     found = [
-        charts.add(k, figures(0.5), layers, {"own_share": 0.1}) for k, layers in enumerate(steps)
+        add(charts, k, figures(0.5), layers, {"own_share": 0.1}) for k, layers in enumerate(steps)
     ]
     return [(row.step, merge_row(row)) for each in [*found, charts.take_waiting()] for row in each]
 
@@ -58,9 +70,9 @@ def make_all(layers: int | list[str]) -> Charts:
 def test_rows_wait_until_the_charted_layers_are_chosen() -> None:
     charts = make_all(2)
     unknown = {name: figures() for name in "abc"}
-    assert charts.add(0, figures(), unknown, {}) == []
+    assert add(charts, 0, figures(), unknown, {}) == []
     known = {"a": figures(0.9), "b": figures(0.1), "c": figures(0.2)}
-    first, second = charts.add(1, figures(), known, {})
+    first, second = add(charts, 1, figures(), known, {})
     assert (first.step, second.step) == (0, 1)
     assert [*charts.charted] == ["b", "c"]
     assert merge_row(first).keys() == merge_row(second).keys()
@@ -135,7 +147,7 @@ def test_a_layer_is_charted_for_its_own_formats() -> None:
 
 def test_rows_wait_for_at_most_20_steps() -> None:
     charts = make_all(1)
-    waited = [len(charts.add(k, figures(), {"a": figures()}, {})) for k in range(22)]
+    waited = [len(add(charts, k, figures(), {"a": figures()}, {})) for k in range(22)]
     assert sum(waited) == 22
     assert max(waited) == 20
     assert [*charts.charted] == ["a"]
@@ -163,9 +175,9 @@ def test_rows_that_wait_are_logged_by_a_resumed_run_as_by_one_without_a_stop() -
     whole, stopped, resumed = (make_all(1) for _ in range(3))
     for charts in (whole, stopped):
         for step in range(3):
-            assert charts.add(step, add_twins(figures(0.5), "bf16"), unknown, {"a": 0.5}) == []
+            assert add(charts, step, add_twins(figures(0.5), "bf16"), unknown, {"a": 0.5}) == []
     resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
-    expected, found = (each.add(3, figures(0.5), known, {"a": 0.5}) for each in (whole, resumed))
+    expected, found = (add(each, 3, figures(0.5), known, {"a": 0.5}) for each in (whole, resumed))
     assert [row.step for row in found] == [0, 1, 2, 3]
     assert repr(found) == repr(expected)  # NaN differs from itself
     assert merge_row(found[0])["altgrad/unmoved_frac/b"] == 0.75
@@ -175,9 +187,9 @@ def test_a_resumed_run_keeps_the_charts_of_twins_that_have_ended() -> None:
     both = add_twins(figures(0.1), "bf16", "bf16-true")
     charts, resumed = make_all(1), make_all(1)
     rows(charts, {"a": both})
-    charts.add(1, both, {"a": both}, {})
+    add(charts, 1, both, {"a": both}, {})
     resumed.load_state_dict(charts.state_dict())
-    (row,) = resumed.add(2, figures(0.1), {"a": figures(0.1)}, {})
+    (row,) = add(resumed, 2, figures(0.1), {"a": figures(0.1)}, {})
     assert math.isnan(row.model["drift/bf16-true"])
     assert math.isnan(row.layers["a"]["progress_kept/bf16-true"])
     assert resumed.recipes == ["bf16", "bf16-true"]
@@ -187,14 +199,14 @@ def test_a_state_of_version_0_1_0_has_no_rows_that_wait() -> None:
     charts = make_all(1)
     charts.load_state_dict({"charted": {"a": FORMATS}})
     assert charts.take_waiting() == []
-    assert [row.step for row in charts.add(5, figures(), {"a": figures()}, {})] == [5]
+    assert [row.step for row in add(charts, 5, figures(), {"a": figures()}, {})] == [5]
 
 
 def test_figures_of_twins_but_moved_rms_are_charted_for_the_model_and_two_for_a_layer() -> None:
     charts = make_all(1)
     layers = {"a": add_twins(figures(0.1), "bf16", "e5m2-sr"), "b": figures(0.9)}
     model = add_twins(figures(0.5), "bf16", "e5m2-sr", states=("exp_avg_sq",))
-    (row,) = charts.add(0, model, layers, {})
+    (row,) = add(charts, 0, model, layers, {})
     for recipe in ("bf16", "e5m2-sr"):
         for metric in ("progress_kept", "drift", "frozen_frac", "exp_avg_sq_ratio"):
             assert row.model[f"{metric}/{recipe}"] == 0.25
@@ -212,7 +224,7 @@ def test_keys_of_twins_stay_after_the_twins_have_ended() -> None:
     charts = make_all(2)
     both = add_twins(figures(0.1), "bf16", "bf16-true")
     one = add_twins(figures(0.1), "bf16")
-    kept = [charts.add(k, each, {"a": each}, {}) for k, each in enumerate((both, one, figures()))]
+    kept = [add(charts, k, each, {"a": each}, {}) for k, each in enumerate((both, one, figures()))]
     before, after, without = (merge_row(row) for (row,) in kept)
     assert before.keys() == after.keys() == without.keys()
     assert after["altgrad/drift/bf16"] == 0.25
@@ -224,7 +236,7 @@ def test_keys_of_twins_stay_after_the_twins_have_ended() -> None:
 def test_a_layer_without_twins_has_no_charts_of_twins() -> None:
     charts = make_all(2)
     layers = {"a": add_twins(figures(0.1), "bf16"), "b": figures(0.2)}
-    (row,) = charts.add(0, layers["a"], layers, {})
+    (row,) = add(charts, 0, layers["a"], layers, {})
     kept = [key for key in row.flatten()[1] if "progress_kept" in key]
     assert kept == ["altgrad/progress_kept/bf16/a"]
 
@@ -262,7 +274,7 @@ def test_layers_are_charted_by_what_they_keep_now_or_else_by_their_worst_twin(
 
 def test_a_row_has_the_headline_and_diag_01_to_04_alone() -> None:
     model = add_twins(figures(0.5), "bf16", "bf16-sr")
-    (row,) = Charts(FORMATS, 1).add(0, model, {"a": model}, {"own_share": 0.1, "elements": 9.0})
+    (row,) = add(Charts(FORMATS, 1), 0, model, {"a": model}, {"own_share": 0.1, "elements": 9.0})
     diagnostics = {"ulp_mean", "ulp_zero_frac"} | {
         f"{metric}/{format}"
         for metric in ("stiffness_mean", "on_grid_frac", "grad_stiff_correlation")
@@ -277,7 +289,7 @@ def test_a_row_has_the_headline_and_diag_01_to_04_alone() -> None:
 
 def test_a_format_without_a_twin_has_what_it_keeps_of_updates_in_the_headline() -> None:
     charts = Charts(FORMATS, 0, recipes=["bf16"])
-    (row,) = charts.add(0, figures(0.5), {"a": figures(0.5)}, {})
+    (row,) = add(charts, 0, figures(0.5), {"a": figures(0.5)}, {})
     assert row.model["kept_update_ratio/e5m2"] == 0.5
     assert "kept_update_ratio/bf16" not in row.model  # its twin is expected
 
@@ -292,21 +304,21 @@ def test_frozen_layers_are_counted_by_recipe_and_stay_until_they_move() -> None:
     charts = Charts(FORMATS, 0)
     still, moving = make(1.0, 0.0, 1.0), make(0.5, 0.9, 0.5)
     steps = [{"a": still, "b": moving, "c": still}, {"b": moving}, {"a": moving}]
-    found = [charts.add(k, still, layers, {})[0].model for k, layers in enumerate(steps)]
+    found = [add(charts, k, still, layers, {})[0].model for k, layers in enumerate(steps)]
     assert [row["frozen_layers/bf16"] for row in found] == [2, 2, 1]
     assert [row["frozen_layers/e5m2"] for row in found] == [2, 2, 1]
     # A share of a layer that never moves is not all: it may have kept its progress.
-    (row,) = Charts(FORMATS, 0).add(0, still, {"a": make(1.0, 0.9, 0.0)}, {})
+    (row,) = add(Charts(FORMATS, 0), 0, still, {"a": make(1.0, 0.9, 0.0)}, {})
     assert row.model["frozen_layers/bf16"] == 0
 
 
 def test_what_is_lost_now_is_0_in_float32_and_the_rest_of_the_progress_otherwise() -> None:
     low = add_twins(figures(0.5), "now")
-    (row,) = Charts(FORMATS, 0, is_low=True).add(0, low, {"a": low}, {})
+    (row,) = add(Charts(FORMATS, 0, is_low=True), 0, low, {"a": low}, {})
     assert row.model["lost_now"] == 0.75
-    (row,) = Charts(FORMATS, 0).add(0, figures(0.5), {"a": figures(0.5)}, {})
+    (row,) = add(Charts(FORMATS, 0), 0, figures(0.5), {"a": figures(0.5)}, {})
     assert row.model["lost_now"] == 0
-    (row,) = Charts(FORMATS, 0, is_low=True).add(0, figures(0.5), {"a": figures(0.5)}, {})
+    (row,) = add(Charts(FORMATS, 0, is_low=True), 0, figures(0.5), {"a": figures(0.5)}, {})
     assert math.isnan(row.model["lost_now"])
 
 
@@ -317,20 +329,20 @@ def test_fewer_layers_are_charted_where_80_numbers_leave_no_room(names: int, cha
     layer = add_twins(figures(0.5, formats), *recipes)
     layers = {f"l{k}": layer for k in range(50)}
     charts = Charts(formats, recipes=recipes)
-    (row,) = charts.add(0, layer, layers, {"own_share": 0.1})
+    (row,) = add(charts, 0, layer, layers, {"own_share": 0.1})
     assert len(row.layers) == charted
     assert len(merge_row(row)) <= 80 or charted == 1
     later = {"later": layer}
-    (row,) = charts.add(1, layer, layers | later, {"own_share": 0.1})
+    (row,) = add(charts, 1, layer, layers | later, {"own_share": 0.1})
     assert len(merge_row(row)) <= 80 or charted == 1
 
 
 def test_layers_that_join_later_get_the_room_that_is_left() -> None:
     charts = Charts(FORMATS)
     layers = {"a": figures(0.5), "b": figures(0.2)}
-    charts.add(0, figures(0.5), layers, {})
+    add(charts, 0, figures(0.5), layers, {})
     later = {f"later{k}": figures(0.5) for k in range(20)}
-    (row,) = charts.add(1, figures(0.5), layers | later, {})
+    (row,) = add(charts, 1, figures(0.5), layers | later, {})
     assert len(row.layers) == 8
     assert [*row.layers][:3] == ["b", "a", "later0"]
 

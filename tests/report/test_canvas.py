@@ -20,7 +20,7 @@ from altgrad.report.canvas import (
     new_figure,
     new_panels,
 )
-from altgrad.report.drawings import heat_map
+from altgrad.report.maps import heat_map
 from tests.report.pictures import draw_all
 
 

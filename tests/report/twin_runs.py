@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from altgrad import StepRecord, UpdateMonitor
+from altgrad.measurement.layer_columns import LayerRow, gather_columns
 from altgrad.report import Run, RunFile, read
 from altgrad.report.judging.calibration import Outcome
 from altgrad.report.judging.run_rules import LayerShare
-from altgrad.report.judging.tallies import TwinTally
+from altgrad.report.judging.tallies import TwinTally, list_twin_steps
 from altgrad.report.judging.verdicts import Advice, RunAdvice, Verdict
 from altgrad.report.records.schema import RecipeInfo
 
@@ -102,6 +103,22 @@ def figures(recipe: str = "bf16", **values: float) -> dict[str, float]:
     }
 
 
+def add_twin_step(
+    tally: TwinTally, step: int, figures: Mapping[str, float], errors: Mapping[str, float]
+) -> None:
+    """Add the figures of a layer, and their standard errors, to the tally of its twin.
+
+    Args:
+        tally: The tally.
+        step: Number of the step.
+        figures: Figures by key.
+        errors: Standard errors by key.
+    """
+    (columns,) = gather_columns([LayerRow("layer", figures, errors)])
+    (twin,), (row,) = list_twin_steps(tally.recipe, columns), columns.rows
+    tally.add_step(step, twin, row)
+
+
 def make_tally(
     *steps: Mapping[str, float], errors: Mapping[str, float] | None = None, recipe: str = "bf16"
 ) -> TwinTally:
@@ -112,7 +129,7 @@ def make_tally(
     for number, changes in enumerate(steps):
         own = figures(recipe, **{k: v for k, v in changes.items() if k != "nonfinite_frac"})
         own |= {"nonfinite_frac": changes.get("nonfinite_frac", 0.0)}
-        tally.add_step(10 * number, own, known)
+        add_twin_step(tally, 10 * number, own, known)
     return tally
 
 

@@ -10,12 +10,18 @@ Read `remedies` first; `run_report` comes next.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from altgrad._messages import format_percent
 from altgrad.measurement.catalogue import NOW
 from altgrad.measurement.intervals import find_interval
+from altgrad.measurement.layer_columns import (
+    LayerColumns,
+    LayerRow,
+    StandardErrors,
+    gather_columns,
+)
 from altgrad.quantization.block_formats import get_formats
 from altgrad.report.judging.calibration import calibration
 from altgrad.report.judging.decimals import format_kept
@@ -33,6 +39,8 @@ from altgrad.report.judging.tallies import (
     STEP_METRICS,
     StepTally,
     TwinTally,
+    add_format_step,
+    list_twin_steps,
 )
 from altgrad.report.judging.twin_rules import find_errors, judge_twin
 from altgrad.report.judging.verdicts import Advice, Assessment, RunAdvice, Verdict
@@ -40,14 +48,14 @@ from altgrad.report.memory import measure_memory
 from altgrad.report.records.run import Run
 from altgrad.report.records.schema import FormatInfo, LayerInfo, RecipeInfo
 
-if TYPE_CHECKING:
-    from altgrad.measurement.figures import Figures
+__all__ = ["MOST_TWIN_ELEMENTS", "Judge", "StandardErrors", "find_smallest", "judge_run"]
 
 MOST_TWIN_ELEMENTS = 256
 """Default of `twin_elements`: the most elements of a layer in a twin, the sample that is stepped.
 
 It repeats a constant of `altgrad.observation.rules`, whose import would load torch.
 """
+_Tally = TypeVar("_Tally", TwinTally, StepTally)
 _FEW_BITS = 8
 _NEAREST = ("nearest-16", "nearest-8")
 
@@ -107,15 +115,30 @@ class Judge:
                 missing error of a format counts as 0, as if all elements were measured. For
                 underflow_frac and saturated_frac it is estimated, if the layer's sample is known.
         """
+        for columns in gather_columns([LayerRow(layer, figures, errors)]):
+            self.add_columns(step, columns)
+
+    def add_columns(self, step: int, columns: LayerColumns) -> None:
+        """Add the figures of some layers in one observed step.
+
+        Args:
+            step: Number of the step.
+            columns: Figures and standard errors of the layers, by the keys that `add` explains.
+        """
         self._observed += step != self._last_step
         self._last_step = step
-        twins, steps = self._twins.setdefault(layer, {}), self._steps.setdefault(layer, {})
+        twins = [self._twins.setdefault(layer, {}) for layer in columns.layers]
         for name in self._list_twins():
-            if f"{PROGRESS}/{name}" in figures:
-                twins.setdefault(name, TwinTally(name)).add_step(step, figures, errors)
+            if f"{PROGRESS}/{name}" in columns.figures:
+                _add_missing(twins, name, TwinTally)
+                each = zip(twins, list_twin_steps(name, columns), columns.rows, strict=True)
+                for own, twin, row in each:
+                    own[name].add_step(step, twin, row)
+        steps = [self._steps.setdefault(layer, {}) for layer in columns.layers]
         for name in self._formats:
-            if all(f"{metric}/{name}" in figures for metric in STEP_METRICS):
-                steps.setdefault(name, StepTally()).add_step(figures, errors, name)
+            if all(f"{metric}/{name}" in columns.figures for metric in STEP_METRICS):
+                _add_missing(steps, name, lambda _: StepTally())
+                add_format_step([own[name] for own in steps], columns, name)
 
     def add_run(self, run: Run, remember: Sequence[str] = ()) -> None:
         """Add all observed steps of a run; nothing else may have been added before.
@@ -344,6 +367,15 @@ def _needs_scale(format: FormatInfo) -> bool:
     return format.bits <= _FEW_BITS and not format.scaled
 
 
+def _add_missing(
+    layers: Iterable[dict[str, _Tally]], name: str, make: Callable[[str], _Tally]
+) -> None:
+    """Add a new tally of a recipe or format to the layers that have none."""
+    for own in layers:
+        if name not in own:
+            own[name] = make(name)
+
+
 def _save_tallies(
     tallies: Mapping[str, Mapping[str, TwinTally | StepTally]],
 ) -> dict[str, dict[str, Any]]:
@@ -364,33 +396,6 @@ def find_smallest(names: Iterable[str], formats: Mapping[str, FormatInfo]) -> st
         The name; None if there is no candidate.
     """
     return min(names, key=lambda name: formats[name].bits, default=None)
-
-
-class StandardErrors(Mapping[str, float]):
-    """The standard errors of a layer's figures, for `Judge.add`, computed when they are read.
-
-    Args:
-        figures: Figures of one layer in one step.
-    """
-
-    def __init__(self, figures: Figures) -> None:
-        self._figures = figures
-
-    def __getitem__(self, key: str) -> float:
-        """Return the standard error of a figure by its key, such as ``stall_frac/bf16``."""
-        return self._figures.standard_error(key)
-
-    def __contains__(self, key: object) -> bool:
-        """Return True if there is a figure with this key."""
-        return key in self._figures
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the keys of the figures."""
-        return iter(self._figures)
-
-    def __len__(self) -> int:
-        """Return the number of figures."""
-        return len(self._figures)
 
 
 def judge_run(run: Run, remember: Sequence[str] = ()) -> Assessment:

@@ -2,7 +2,8 @@
 
 `TwinTally` summarizes the figures of a *twin*, a sample of the layer that is stored and stepped as
 the recipe says. `StepTally` summarizes figures of single steps, for a number format that no twin
-stores. Both are plain numbers, which a checkpoint can hold.
+stores. Both are plain numbers, which a checkpoint can hold. A step adds the figures of all layers
+at once: `list_twin_steps` has the figures of a recipe, `add_format_step` adds those of a format.
 
 Read `calibration` first, which has the thresholds; `step_rules` comes next.
 """
@@ -11,13 +12,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from altgrad.measurement.catalogue import FORMAT_METRICS, NOW
 from altgrad.measurement.intervals import find_share_error
+from altgrad.measurement.layer_columns import LayerColumns, LayerRow
 from altgrad.report.judging.calibration import calibration
 from altgrad.report.records.schema import LayerInfo
 
@@ -51,6 +53,43 @@ def _list_metrics(recipe: str, keys: tuple[str, ...]) -> tuple[str, ...]:
 def _is_about_state(metric: str) -> bool:
     """Return True for the ``{state}_ratio`` and ``{state}_zero_frac`` of an optimizer state."""
     return metric.endswith(_STATE_ENDS) and metric not in FORMAT_METRICS
+
+
+class TwinStep(NamedTuple):
+    """The figures of a twin, a sample of a layer, that count at every step and not only the last.
+
+    Attributes:
+        progress: The progress_kept.
+        still: The still_frac; NaN if nothing was to be moved, or if it is unknown.
+        broken: The twin_nonfinite_frac; NaN if it is unknown.
+        nonfinite: The nonfinite_frac of the layer itself.
+    """
+
+    progress: float
+    still: float
+    broken: float
+    nonfinite: float
+
+
+def list_twin_steps(recipe: str, columns: LayerColumns) -> list[TwinStep]:
+    """Return the figures of the twin of each layer that count at every step.
+
+    A *twin* is a sample of a layer that is stored and stepped as the recipe says.
+
+    Args:
+        recipe: Name of the recipe.
+        columns: The figures of layers in an observed step, progress_kept of the recipe among them.
+    """
+    unknown, zeros = [math.nan] * len(columns.rows), [0.0] * len(columns.rows)
+    figures = columns.figures
+    each = zip(
+        figures[f"{PROGRESS}/{recipe}"],
+        figures.get(f"{STILL}/{recipe}", unknown),
+        figures.get(f"{BROKEN}/{recipe}", unknown),
+        figures.get("nonfinite_frac", zeros),
+        strict=True,
+    )
+    return [*map(TwinStep._make, each)]
 
 
 class TwinTally:
@@ -90,24 +129,22 @@ class TwinTally:
         self._latest: Mapping[str, float] = {}
         self._errors: Mapping[str, float] = {}
 
-    def add_step(
-        self, step: int, figures: Mapping[str, float], errors: Mapping[str, float]
-    ) -> None:
+    def add_step(self, step: int, twin: TwinStep, row: LayerRow) -> None:
         """Add an observed step.
 
         Args:
             step: Number of the step.
-            figures: Figures of the layer, those of the twin by ``metric/recipe``.
-            errors: Standard errors by the same keys; a missing one is unknown.
+            twin: The figures that count at every step.
+            row: All figures of the layer, those of the twin by ``metric/recipe``, which are read if
+                a verdict is asked for and the step is the last one. A missing standard error is
+                unknown.
         """
-        self._add_window(figures.get(f"{STILL}/{self.recipe}", math.nan))
-        is_run = self.recipe == NOW
-        nonfinite = figures.get("nonfinite_frac", 0.0)
-        broken = figures.get(f"{BROKEN}/{self.recipe}", math.nan)
+        self._add_window(twin.still)
+        is_run, nonfinite, broken = self.recipe == NOW, twin.nonfinite, twin.broken
         # A run that becomes NaN has no figures any more: the last ones before count.
-        self.is_lost = nonfinite > 0 and math.isnan(figures[f"{PROGRESS}/{self.recipe}"])
+        self.is_lost = nonfinite > 0 and math.isnan(twin.progress)
         if not (self.is_lost and self._latest):
-            self.step, self._latest, self._errors = step, figures, errors
+            self.step, self._latest, self._errors = step, row.figures, row.errors
         # Of a number and NaN, in this order, max returns the number.
         if is_run:
             self.broken = max(0.0, broken)  # a run may go on from an earlier checkpoint
@@ -196,41 +233,6 @@ class StepTally:
     update_squares: float = 0.0
     updates: int = 0
 
-    def add_step(
-        self, figures: Mapping[str, float], errors: Mapping[str, float], name: str
-    ) -> None:
-        """Add an observed step.
-
-        Args:
-            figures: Figures of the layer, those of the format by ``metric/format``.
-            errors: Standard errors by the same keys; NaN is an error that cannot be trusted. A
-                missing error counts as 0, as if all elements were measured, but for shares of
-                weights out of range.
-            name: Name of the format.
-        """
-        size = figures.get(SIZE, 1.0)
-        square = size * size
-        if math.isfinite(square):
-            self.update_squares += square
-            self.updates += 1
-        for metric in MEANS:
-            key = f"{metric}/{name}"
-            if math.isfinite(figures[key]):
-                self._add(metric, figures[key])
-                if key in errors or metric not in RANGE:
-                    self._add(f"error of {metric}", errors.get(key, 0.0))
-                    self.counts[f"stated {metric}"] += 1
-        never_moved = f"{NEVER_MOVED}/{name}"
-        if math.isfinite(figures[never_moved]):
-            self.never_moved = figures[never_moved]
-            self.never_moved_error = errors.get(never_moved, 0.0)
-        self.broken = max(self.broken, figures.get("nonfinite_frac", 0.0))
-
-    def _add(self, key: str, value: float) -> None:
-        if math.isfinite(value):
-            self.sums[key] += value  # type: ignore[assignment] # typeshed's Counter holds int only
-            self.counts[key] += 1
-
     @property
     def update_rms(self) -> float:
         """The root mean square of the updates over the observed steps; NaN without steps."""
@@ -277,6 +279,61 @@ class StepTally:
         """Restore a tally from a checkpoint of 0.1.0, which had no sizes of updates."""
         known = {name: value for name, value in state.items() if name != "nonfinite"}
         return cls.from_state(known | {"broken": state.get("nonfinite", 0.0)})
+
+
+def add_format_step(tallies: Sequence[StepTally], columns: LayerColumns, name: str) -> None:
+    """Add an observed step to the summaries of layers in a number format.
+
+    Args:
+        tallies: The summaries of the layers, in the order of `columns`.
+        columns: The figures of the layers, those of the format by ``metric/format``. An error of
+            NaN cannot be trusted. A missing error counts as 0, as if all elements were measured,
+            but for shares of weights out of range.
+        name: Name of the format.
+    """
+    figures, errors = columns.figures, columns.errors
+    zeros = [0.0] * len(tallies)
+    for metric in MEANS:
+        key = f"{metric}/{name}"
+        known = errors.get(key, None if metric in RANGE else zeros)
+        _add_mean(tallies, metric, figures[key], known)
+    key = f"{NEVER_MOVED}/{name}"
+    last = zip(tallies, figures[key], errors.get(key, zeros), strict=True)
+    for tally, never_moved, error in last:
+        if math.isfinite(never_moved):
+            tally.never_moved, tally.never_moved_error = never_moved, error
+    sizes, nonfinite = (
+        figures.get(SIZE, [1.0] * len(tallies)),
+        figures.get("nonfinite_frac", zeros),
+    )
+    for tally, size, share in zip(tallies, sizes, nonfinite, strict=True):
+        square = size * size
+        if math.isfinite(square):
+            tally.update_squares += square
+            tally.updates += 1
+        tally.broken = max(tally.broken, share)
+
+
+def _add_mean(
+    tallies: Sequence[StepTally],
+    metric: str,
+    values: Sequence[float],
+    errors: Sequence[float] | None,
+) -> None:
+    """Add the figures of a metric to the sums of layers, and their errors if there are any."""
+    isfinite, error_key, stated = math.isfinite, f"error of {metric}", f"stated {metric}"
+    for tally, value, error in zip(tallies, values, errors or values, strict=True):
+        if not isfinite(value):
+            continue
+        sums, counts = tally.sums, tally.counts
+        sums[metric] += value  # type: ignore[assignment] # typeshed's Counter holds int only
+        counts[metric] += 1
+        if errors is None:
+            continue
+        counts[stated] += 1
+        if isfinite(error):
+            sums[error_key] += error  # type: ignore[assignment]
+            counts[error_key] += 1
 
 
 def _estimate_share_error(share: float, layer: LayerInfo | None) -> float:

@@ -32,6 +32,7 @@ from benchmarks.calibration.calibrate import (
     judge_layer,
     read_part,
 )
+from tests.report.twin_runs import add_twin_step
 
 CONFIG = configs.Config("logistic", "sgd", 0.1)
 
@@ -95,7 +96,7 @@ def make_tally(row: Row, **errors: float) -> TwinTally:
     }
     exact = {f"{metric}/recipe": value for metric, value in figures.items()}
     stated = {f"{metric}/recipe": error for metric, error in errors.items()}
-    tally.add_step(0, exact | {"weight_rms": 1.0}, dict.fromkeys(exact, 0.0) | stated)
+    add_twin_step(tally, 0, exact | {"weight_rms": 1.0}, dict.fromkeys(exact, 0.0) | stated)
     return tally
 
 

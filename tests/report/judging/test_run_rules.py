@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from altgrad import StepRecord
-from altgrad.report import Judge, RunAdvice, Verdict, judge_run
+from altgrad.report import Judge, RunAdvice, StandardErrors, Verdict, judge_run
 from altgrad.report.judging.calibration import calibration
-from altgrad.report.judging.judge import StandardErrors
 from altgrad.report.judging.run_rules import (
     LayerShare,
     find_kept_interval,

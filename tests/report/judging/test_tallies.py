@@ -7,20 +7,35 @@ from typing import Any
 import pytest
 import torch
 
+from altgrad.measurement.layer_columns import LayerRow, gather_columns
 from altgrad.report.judging.calibration import calibration
-from altgrad.report.judging.tallies import KEPT, NEVER_MOVED, STALL, StepTally, TwinTally
+from altgrad.report.judging.tallies import (
+    KEPT,
+    NEVER_MOVED,
+    STALL,
+    StepTally,
+    TwinTally,
+    add_format_step,
+)
 from altgrad.report.records.schema import LayerInfo
 from tests.report import runs
-from tests.report.twin_runs import NAN, figures, make_tally
+from tests.report.twin_runs import NAN, add_twin_step, figures, make_tally
 
 FROZEN = calibration().thresholds.frozen
 MOVES, RESTS = {"still_frac": 0.5}, {"still_frac": 1.0}
 
 
+def add_step(
+    tally: StepTally, figures: dict[str, float], errors: dict[str, float], name: str
+) -> None:
+    (columns,) = gather_columns([LayerRow("layer", figures, errors)])
+    add_format_step([tally], columns, name)
+
+
 def add_steps(*steps: dict[str, float], errors: dict[str, float] | None = None) -> StepTally:
     tally = StepTally()
     for step in steps:
-        tally.add_step(runs.figures(**step) | {"update_rms": 1.0}, errors or {}, "bf16")
+        add_step(tally, runs.figures(**step) | {"update_rms": 1.0}, errors or {}, "bf16")
     return tally
 
 
@@ -38,7 +53,7 @@ def test_a_twin_has_the_figures_of_its_own_recipe_and_states() -> None:
     own = figures() | {"exp_avg_ratio/bf16": 1.1, "exp_avg_zero_frac/bf16": 0.2}
     other = figures("bf16-sr", progress_kept=0.5) | {"exp_avg_ratio/bf16-sr": 7.0}
     of_format = {"kept_update_ratio/bf16": 0.3}
-    tally.add_step(0, own | other | of_format, {"progress_kept/bf16-sr": 0.1})
+    add_twin_step(tally, 0, own | other | of_format, {"progress_kept/bf16-sr": 0.1})
     assert tally.figures["progress_kept"] == 1
     assert tally.figures["exp_avg_ratio"] == 1.1
     assert tally.figures["exp_avg_zero_frac"] == 0.2
@@ -97,10 +112,10 @@ def test_the_error_of_weights_is_their_distance_over_their_size() -> None:
     drift = (low - high).norm() / (high - start).norm()
     tally = TwinTally("bf16")
     own = figures(drift=float(drift), moved_rms=float(way))
-    tally.add_step(0, own | {"weight_rms": float(high.square().mean().sqrt())}, {})
+    add_twin_step(tally, 0, own | {"weight_rms": float(high.square().mean().sqrt())}, {})
     assert tally.weight_error == pytest.approx(float((low - high).norm() / high.norm()))
     assert math.isnan(make_tally({"drift": NAN}).weight_error)
-    tally.add_step(0, own | {"weight_rms": 0.0}, {})
+    add_twin_step(tally, 0, own | {"weight_rms": 0.0}, {})
     assert math.isnan(tally.weight_error)
 
 
@@ -112,7 +127,7 @@ def test_a_checkpoint_holds_a_twin_as_plain_numbers() -> None:
     assert (again.figures, again.errors) == (tally.figures, tally.errors)
     assert (again.weight_rms, again.weight_error) == (1, 0)
     for each in (tally, again):
-        each.add_step(30, figures(still_frac=1.0), {})
+        add_twin_step(each, 30, figures(still_frac=1.0), {})
     assert (again.broken, again.still_since, again.still_steps) == (0.1, 0, 3)
     assert (tally.broken, tally.still_since, tally.still_steps) == (0.1, 0, 3)
 
@@ -134,7 +149,7 @@ def test_the_size_of_updates_is_that_of_all_steps() -> None:
     tally = StepTally()
     sizes = (3.0, 1.0, 0.5, NAN)
     for size in sizes:
-        tally.add_step(runs.figures() | {"update_rms": size}, {}, "bf16")
+        add_step(tally, runs.figures() | {"update_rms": size}, {}, "bf16")
     assert tally.update_rms == pytest.approx(math.sqrt(10.25 / 3))
     assert math.isnan(StepTally().update_rms)
 
@@ -152,7 +167,7 @@ def test_an_error_that_is_nan_in_most_steps_is_nan() -> None:
         tally = StepTally()
         for number in range(3):
             error = 0.001 if number < known else NAN
-            tally.add_step(runs.figures(), {"kept_update_ratio/bf16": error}, "bf16")
+            add_step(tally, runs.figures(), {"kept_update_ratio/bf16": error}, "bf16")
         assert tally.find_errors(None)[KEPT] == pytest.approx(expected, nan_ok=True)
 
 
@@ -182,7 +197,7 @@ def test_the_error_of_a_share_out_of_range_is_estimated_if_a_file_lacks_it(share
 def test_the_largest_share_of_non_finite_elements_is_kept() -> None:
     tally = StepTally()
     for share in (0.0, 0.5, 0.25, NAN):
-        tally.add_step(runs.figures() | {"nonfinite_frac": share}, {}, "bf16")
+        add_step(tally, runs.figures() | {"nonfinite_frac": share}, {}, "bf16")
     assert tally.broken == 0.5
 
 
@@ -191,7 +206,7 @@ def test_a_checkpoint_holds_steps_as_plain_numbers() -> None:
     errors = {"kept_update_ratio/bf16": 0.02, "stall_frac/bf16": 0.01}
     tally, whole = add_steps(steps[0], errors=errors), add_steps(*steps, errors=errors)
     again = StepTally.from_state(json.loads(json.dumps(tally.state_dict())))
-    again.add_step(runs.figures(**steps[1]) | {"update_rms": 1.0}, errors, "bf16")
+    add_step(again, runs.figures(**steps[1]) | {"update_rms": 1.0}, errors, "bf16")
     assert again == whole
 
 
@@ -212,7 +227,7 @@ def test_a_tally_of_version_0_1_0_goes_on() -> None:
     found, errors = tally.find_figures(), tally.find_errors(None)
     assert (found[KEPT], found[STALL], found[NEVER_MOVED]) == (0.9, 0.1, 0.25)
     assert (errors[KEPT], errors[STALL], tally.broken) == (0.02, 0.01, 0)
-    tally.add_step(step | {"update_rms": 1e-5}, {"stall_frac/bf16": 0.04}, "bf16")
+    add_step(tally, step | {"update_rms": 1e-5}, {"stall_frac/bf16": 0.04}, "bf16")
     found, errors = tally.find_figures(), tally.find_errors(None)
     assert (found[KEPT], found[NEVER_MOVED]) == (pytest.approx(0.8), 0.2)
     assert (found[STALL], errors[STALL]) == (pytest.approx(0.2), pytest.approx(0.02))
