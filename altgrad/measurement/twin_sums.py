@@ -24,6 +24,9 @@ SUMS = ("a", "b", "aa", "ab", "bb")
 
 Standard errors follow from the last three.
 """
+_MOST_BYTES = 64 * 2**20
+"""Memory of each of the largest tensors: 100 layers with seven twins need 20 MiB, and so are
+measured at once, in the fewest operations. Thousands of layers are measured in parts."""
 
 RATIOS = (
     *("progress_kept", "window_progress_kept", "drift", "moved_rms", "frozen_frac", "still_frac"),
@@ -61,6 +64,18 @@ class TwinStack(NamedTuple):
     moved_in_window: Tensor
     moved: Tensor
     states: Mapping[str, Tensor]
+
+    def cut(self, rows: slice) -> TwinStack:
+        """Return views of the tensors that have these rows alone."""
+        return TwinStack(
+            self.start[rows],
+            self.window[rows],
+            self.before[rows],
+            self.now[rows],
+            self.moved_in_window[rows],
+            self.moved[rows],
+            {name: each[rows] for name, each in self.states.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -135,6 +150,34 @@ def measure_twins(
     columns = TwinColumns(tuple(states))
     if not twins:
         return torch.zeros((len(mask), 0, len(columns)), dtype=torch.float64, device=mask.device)
+    parts = [
+        _measure_rows(
+            mask[rows], fp32.cut(rows), [twin.cut(rows) for twin in twins], columns, blocks[rows]
+        )
+        for rows in _cut_rows(mask, 8 * len(twins) * len(columns.ratios))
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _cut_rows(mask: Tensor, bytes_per_element: int) -> list[slice]:
+    """Return the rows of a mask in parts that need `_MOST_BYTES` of memory each, or a row each."""
+    count, width = mask.shape
+    most = max(_MOST_BYTES // max(bytes_per_element * width, 1), 1)
+    return [slice(first, first + most) for first in range(0, max(count, 1), most)]
+
+
+def _measure_rows(
+    mask: Tensor,
+    fp32: TwinStack,
+    twins: Sequence[TwinStack],
+    columns: TwinColumns,
+    blocks: Sequence[int],
+) -> Tensor:
+    """Return what `measure_twins` does, for some layers.
+
+    A *twin* is a sample of each layer that is stored and stepped as a recipe says; that in fp32 has
+    float32 weights and states.
+    """
     low, high = _join(twins, columns.states), _join([fp32], columns.states)
     finite = mask & low.are_finite & high.are_finite
     known = _find_known(finite, low, high)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from altgrad.measurement import twin_sums
 from altgrad.measurement.twin_sums import (
     RATIOS,
     TwinColumns,
@@ -306,6 +307,29 @@ def test_twins_are_measured_alike_alone_and_together() -> None:
     for k, twin in enumerate(twins):
         alone = measure_twins(mask, high, [twin], STATES, blocks=[2, 2])
         torch.testing.assert_close(together[:, k], alone[:, 0], rtol=1e-14, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("blocks", [(), (4, 4, 1, 4, 1)])
+def test_many_layers_are_measured_in_parts(
+    blocks: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3,000 layers at once would need gigabytes; each part has the sums of its layers."""
+    mask = torch.arange(12) < torch.tensor([[12], [9], [4], [0], [1]])
+    fp32, twins = make_stack(5, 12, 0), [make_stack(5, 12, seed) for seed in (1, 2)]
+    whole = measure_twins(mask, fp32, twins, STATES, blocks=blocks)
+    parts: list[int] = []
+    joined = twin_sums._join  # no public function says how many layers a part has
+
+    def join(stacks: Sequence[TwinStack], states: Sequence[str]) -> object:
+        parts.append(len(stacks[0].now))
+        return joined(stacks, states)
+
+    monkeypatch.setattr(twin_sums, "_join", join)
+    bytes_of_a_layer = 8 * len(twins) * len(TwinColumns(STATES).ratios) * mask.shape[1]
+    monkeypatch.setattr(twin_sums, "_MOST_BYTES", 2 * bytes_of_a_layer)
+    found = measure_twins(mask, fp32, twins, STATES, blocks=blocks)
+    assert parts == [2, 2, 2, 2, 1, 1]
+    torch.testing.assert_close(found, whole, rtol=1e-14, atol=0, equal_nan=True)
 
 
 def test_what_lies_beyond_a_sample_does_not_matter() -> None:
