@@ -114,7 +114,7 @@ def test_an_optimizer_that_is_gone_leaves_nothing(tmp_path: Path) -> None:
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "altgrad.jsonl").read_text().splitlines()[0])
+    return json.loads((folder / "altgrad.jsonl").read_bytes().split(b"\n")[0])
 
 
 def test_a_closed_run_leaves_no_hook(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """`PrecisionCallback` in the Trainer of Hugging Face."""
 
-import json
 import math
 import warnings
 from pathlib import Path
@@ -20,6 +19,7 @@ from altgrad.report import read
 from tests.integrations.hugging import NAMES, Recorder, make_trainer
 from tests.integrations.trainings import FORMAT, assert_equal, assert_true, clone_weights
 from tests.processes import run
+from tests.report.records.by_hand import list_texts
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +141,7 @@ def test_a_resumed_training_goes_on_in_the_run_file(tmp_path: Path) -> None:
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed.run.path == first.run.path
     assert read(tmp_path).steps == (1, 2, 3, 4, 5, 6)
-    lines = [*map(json.loads, first.run.path.read_text().splitlines())]
+    lines = list_texts(first.run.path)
     assert [line["resumed"] for line in lines if "resumed" in line] == [{"before_step": 4}]
     assert_true(resumed.run.latest.layers, NAMES, recorder.steps[2])
     assert_equal(clone_weights(trainer.model), clone_weights(whole.model))

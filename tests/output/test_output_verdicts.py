@@ -1,6 +1,5 @@
 """Verdicts on the run: written to the run file when they are drawn, and warned about once."""
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ from pytorch_lightning.loggers import CSVLogger
 from altgrad.report import Verdict, read
 from altgrad_lightning import PrecisionMonitor
 from tests.lightning.runs import Net, batches, fit, trainer
+from tests.report.records.by_hand import list_texts
 
 RECIPES = ["bf16-kahan"]
 
 
 def read_verdict_lines(path: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = list_texts(path)
     return [line for line in lines if "verdicts" in line]
 
 

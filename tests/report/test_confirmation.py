@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from altgrad.report import Confirmation, find_confirmation, read
 from altgrad.report.confirmation import explain_metric, shorten_metric
 from altgrad.report.records.run import Run
 from tests.report.confirming import make_twin_run, share, write_trained
+from tests.report.records.by_hand import list_figures
 
 NAN, INF = math.nan, math.inf
 
@@ -32,9 +32,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def find_last(path: Path, step: int) -> dict[str | None, dict[str, float]]:
-    """Return the figures of a step by layer, from the lines of a run file as JSON has them."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()[1:]]
-    return {line["layer"]: line["figures"] for line in lines if line["step"] == step}
+    """Return the figures of a step by layer, decoded by hand."""
+    return next(figures for number, figures in list_figures(path) if number == step)
 
 
 def test_figures_are_those_of_both_files_at_the_last_step_that_both_observed(
@@ -44,9 +43,7 @@ def test_figures_are_those_of_both_files_at_the_last_step_that_both_observed(
     assert confirmation is not None
     assert confirmation.recipe == "bf16-true"
     assert confirmation.metrics == ("frozen_frac", "progress_kept", "exp_avg_sq_ratio")
-    steps = [
-        {json.loads(line)["step"] for line in path.read_text().splitlines()[1:]} for path in files
-    ]
+    steps = [{step for step, _ in list_figures(path)} for path in files]
     step = max(steps[0] & steps[1])
     assert step < max(steps[1]) < max(steps[0])
     predicted, real = (find_last(path, step) for path in files)

@@ -17,6 +17,7 @@ import pytest
 from altgrad.report import FormatInfo, Header, RecipeInfo, RunFile, RunFileError, read
 from altgrad.report.records.reading import read_header
 from tests.report.records.recording import assert_same, header_from, written
+from tests.report.records.schema_2 import write_schema_2
 
 # --- files
 
@@ -295,6 +296,22 @@ def test_a_resumed_run_with_other_recipes_writes_a_new_file(tmp_path, records, h
     assert [*run.recipes] == ["fp32", "bf16", "bf16-sr"]
     with RunFile.resume(path, 1, before) as file:
         assert file.path == path
+
+
+def test_a_run_that_resumes_a_file_of_schema_2_writes_a_new_file(tmp_path, records, header) -> None:
+    path = write_schema_2(tmp_path, header, records)
+    content = path.read_bytes()
+    with RunFile.resume(path, 2, header) as file:
+        file.append(2, records[0], skipped={})
+        file.append(3, records[1], skipped={})
+    assert (path.read_bytes(), file.path.name) == (content, "altgrad-2.jsonl")
+    run = read(file.path)
+    assert (run.steps, run.predecessors, run.notes) == ((0, 1, 2, 3), [path], [])
+    for step, record in ((1, records[1]), (2, records[0]), (3, records[1])):
+        for layer, figures in {**record.layers, None: record.model}.items():
+            assert_same(run.series("update_rms", layer)[step], figures["update_rms"])
+    with RunFile.resume(file.path, 3, header) as again:
+        assert again.path == file.path  # which has today's schema
 
 
 def make_recipe(name: str) -> RecipeInfo:
