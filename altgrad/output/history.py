@@ -14,7 +14,11 @@ from array import array
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 from altgrad.measurement.layer_columns import LayerColumns
+from altgrad.measurement.numbers import Numbers
 from altgrad.report.maps import heat_map
 
 if TYPE_CHECKING:
@@ -71,13 +75,20 @@ class History:
             By name of the layer, and then by first step of the column, the mean in the column.
             Columns in which the layer was not observed are left out.
         """
+        positions = self._positions.get(format, {})
+        if not positions:
+            return {}
+        places = np.array([*positions.values()])
+        steps = [column.first_step for column in self._columns]
+        each = [column.read_means(places) for column in self._columns]
+        means, counts = (np.stack(part, axis=1).tolist() for part in zip(*each, strict=True))
         return {
             layer: {
-                column.first_step: mean
-                for column in self._columns
-                if (mean := column.get_mean(position)) is not None
+                step: mean
+                for step, mean, count in zip(steps, *row, strict=True)
+                if not math.isnan(count)
             }
-            for layer, position in self._positions.get(format, {}).items()
+            for layer, *row in zip(positions, means, counts, strict=True)
         }
 
     def draw_heat_maps(
@@ -156,15 +167,22 @@ class _Column:
             self.sums.extend([0.0] * missing)
             self.counts.extend([math.nan] * missing)
 
-    def get_mean(self, position: int) -> float | None:
-        """Return the mean at the position of a layer and format.
+    def read_means(self, places: npt.NDArray[np.int64]) -> tuple[Numbers, Numbers]:
+        """Return the means at some positions, and the number of figures in each.
 
-        The mean is None for a layer without an observed step, and NaN without a figure.
+        Args:
+            places: The positions of layers and formats.
+
+        Returns:
+            The means, which are NaN without a figure, and the numbers, NaN for a layer that was not
+            observed, float64 (positions) each.
         """
-        if position >= len(self.counts) or math.isnan(self.counts[position]):
-            return None
-        count = self.counts[position]
-        return self.sums[position] / count if count else math.nan
+        sums, counts = np.zeros(len(places)), np.full(len(places), np.nan)
+        known = places < len(self.sums)
+        sums[known] = np.array(self.sums, np.float64)[places[known]]
+        counts[known] = np.array(self.counts, np.float64)[places[known]]
+        with np.errstate(invalid="ignore"):  # 0 / 0
+            return sums / counts, counts
 
     def merge(self, later: _Column) -> _Column:
         """Add the figures of a column of later steps to this column, and return this column."""

@@ -33,8 +33,9 @@ from altgrad.report.means import average_finite
 from altgrad.report.names import replace_unprintable_in_lines, shorten_names
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Transform
 
     from altgrad.measurement.numbers import Numbers
     from altgrad.report.labels import Label
@@ -284,29 +285,25 @@ class _Map:
 
         title = replace_unprintable_in_lines(title)
         legend = _wrap(legend, _LEGEND, width - 2 * _PAD)
-        line = measure_height("0", _HEAD) + _PAD
-        body = _ROW * max(len(names), 5 if bar else 3)
         self._has_heads = has_heads
-        right = max((measure_width(text, _SMALL) for text in (bar or {}).values()), default=0)
-        margins = _Margins(
-            max((measure_width(name, _SMALL) for name in names), default=0) + 2 * _PAD,
-            right + _BAR + 3 * _PAD if bar else _PAD,
-            measure_height(title, _TITLE) + 2 * _PAD + line * has_heads,
-            measure_height(legend, _LEGEND) + _PAD + max(line * (not has_heads), _PAD),
-        )
-        self._size = width, body + margins.top + margins.bottom
-        self._margins = margins
-        self.figure = make_figure(*self._size)
-        self._axes = self._add_axes(margins.left, width - margins.left - margins.right)
+        self._margins = _find_margins(title, names, legend, [*(bar or {}).values()], has_heads)
+        left, right, top, bottom = self._margins
+        body = _ROW * max(len(names), 5 if bar else 3)
+        height, inner = body + top + bottom, width - left - right
+        self._size = width, height
+        self.figure = make_figure(width, height)
+        place = left / width, bottom / height, inner / width, body / height
+        # Ticks take a third of the time of a map, and labels stand in their place.
+        self._axes = self.figure.add_axes(place, xticks=[], yticks=[])
         self._axes.set_axis_off()
-        self._write(title, width / 2, self._size[1] - _PAD, _TITLE, ha="center")
-        # The middle of the cells, or so far from it that the legend fits into the figure.
-        middle = (width + margins.left - margins.right) / 2
+        self._write(title, width / 2, height - _PAD, _TITLE)
+        # In the middle of the cells, or so far from it that the legend fits into the figure.
         most = width - _PAD - measure_width(legend, _LEGEND) / 2
-        height = measure_height(legend, _LEGEND) + _PAD
-        self._write(legend, max(width - most, min(middle, most)), height, _LEGEND, ha="center")
+        middle = max(width - most, min(left + inner / 2, most))
+        self._write(legend, middle, measure_height(legend, _LEGEND) + _PAD, _LEGEND)
+        beside: dict[str, Any] = {"ha": "right", "transform": self._axes.get_yaxis_transform()}
         for row, name in enumerate(names):
-            self._write_beside(-_PAD, row, name, ha="right")
+            self.figure.add_artist(_make_label(-_PAD / inner, row, name, _SMALL, **beside))
 
     def draw_shares(self, shares: Numbers, colours: Sequence[str]) -> None:
         """Draw shares as coloured cells; NaN is grey and hatched.
@@ -324,7 +321,8 @@ class _Map:
         # overflows.
         is_over, missing = shares > calibration().thresholds.overshoots, np.isnan(shares)
         axes = self._axes
-        self._show(axes, np.where(is_over, 2.0, np.clip(shares, 0, 1)), colours)
+        clamped, scale = np.where(is_over, 2.0, np.clip(shares, 0, 1)), _make_scale(colours)
+        axes.imshow(clamped, vmin=0, vmax=1, cmap=scale, aspect="auto", interpolation="nearest")
         axes.images[0].set_zorder(2)  # above the hatched rectangle, which NaN leaves visible
         if missing.any():
             style: dict[str, Any] = {"facecolor": MISSING, "edgecolor": _GREY, "hatch": "////"}
@@ -338,13 +336,27 @@ class _Map:
             labels: Texts beside the bar, by share.
             colours: Those of shares that are evenly spaced from 0 to 1.
         """
-        start = self._size[0] - self._margins.right + _PAD
-        axes = self._add_axes(start, _BAR)
-        self._show(axes, _tabulate([1 - share / 255] for share in range(256)), colours)
-        places = {255 * (1 - share): text for share, text in labels.items()}
-        self._mark(axes, [0.5] * len(places), [*places], "right")
-        for place, text in places.items():
-            self._write_beside(_PAD + 0.02, place, text, axes, ha="left")
+        from matplotlib.image import BboxImage
+        from matplotlib.patches import Rectangle
+        from matplotlib.transforms import Bbox, TransformedBbox
+
+        # An image in the figure itself: axes of its own take as long as all names.
+        across, up = self._size
+        left = (across - self._margins.right + _PAD) / across
+        low, high = self._margins.bottom / up, 1 - self._margins.top / up
+        right, whole = left + _BAR / across, self.figure.transFigure
+        place = TransformedBbox(Bbox.from_extents(left, low, right, high), whole)
+        image = BboxImage(place, cmap=_make_scale(colours), interpolation="nearest")
+        image.set_clim(0, 1)
+        image.set_data(_tabulate([1 - share / 255] for share in range(256)))
+        self.figure.add_artist(image)
+        edge: dict[str, Any] = {"fill": False, "lw": 0.8, "transform": whole}
+        self.figure.add_artist(Rectangle((left, low), right - left, high - low, **edge))
+        heights = [low + share * (high - low) for share in labels]
+        self._mark([right] * len(labels), heights, "right", whole)
+        for text, y in zip(labels.values(), heights, strict=True):
+            x = right + (_PAD + 0.02) / across
+            self.figure.add_artist(_make_label(x, y, text, _SMALL, transform=whole))
 
     def draw_frozen(self, row: int, first: int, count: int) -> None:
         """Paint cells of a row black.
@@ -385,52 +397,59 @@ class _Map:
         below = 1 + (measure_height("0", size) + _PAD / 2) / height
         place = below if self._has_heads else -_PAD / height
         if not self._has_heads:
-            low, _ = axes.get_ylim()  # the first row is on top
-            self._mark(axes, [*names], [low] * len(names), "down")
+            self._mark([*names], [0.0] * len(names), "down", axes.get_xaxis_transform())
         for column, name in names.items():
             options: dict[str, Any] = {"ha": "center", "va": "top"}
             options["transform"] = axes.get_xaxis_transform()
             self.figure.add_artist(_make_label(column, place, name, size, **options))
 
-    def _add_axes(self, left: float, width: float) -> Axes:
-        """Add axes as high as the cells, at a distance in inches from the left."""
-        across, up = self._size
-        low, high = self._margins.bottom, up - self._margins.top
-        place = left / across, low / up, width / across, (high - low) / up
-        # Ticks take a third of the time of a map, and labels stand in their place.
-        return self.figure.add_axes(place, xticks=[], yticks=[])
-
-    def _show(self, axes: Axes, shares: Numbers, colours: Sequence[str]) -> None:
-        from matplotlib.colors import LinearSegmentedColormap
-
-        scale = LinearSegmentedColormap.from_list("shares", [*colours]).with_extremes(over=OVER)
-        axes.imshow(shares, vmin=0, vmax=1, cmap=scale, aspect="auto", interpolation="nearest")
-
-    def _mark(self, axes: Axes, x: Sequence[float], y: Sequence[float], side: str) -> None:
-        """Draw short lines at the edge of axes, at positions of their data."""
+    def _mark(
+        self, x: Sequence[float], y: Sequence[float], side: str, transform: Transform
+    ) -> None:
+        """Draw short lines in the place of ticks, in the coordinates of `transform`."""
         from matplotlib.lines import Line2D
         from matplotlib.markers import TICKDOWN, TICKRIGHT
 
         marker: Any = {"down": TICKDOWN, "right": TICKRIGHT}[side]
         style: dict[str, Any] = {"color": "black", "marker": marker, "markersize": 3.5}
-        axes.add_line(Line2D(x, y, linestyle="none", markeredgewidth=0.8, clip_on=False, **style))
+        style |= {"linestyle": "none", "markeredgewidth": 0.8, "transform": transform}
+        self.figure.add_artist(Line2D(x, y, **style))
 
-    def _write(self, text: str, x: float, y: float, size: float, **options: Any) -> None:
-        """Write a text whose top is at a position in inches from the lower left corner."""
-        across, up = self._size
-        label = _make_label(x / across, y / up, text, size, va="top", **options)
-        label.set_transform(self.figure.transFigure)
-        self.figure.add_artist(label)
+    def _write(self, text: str, x: float, y: float, size: float) -> None:
+        """Write a text with its middle and top at x and y, in inches from the lower left corner."""
+        width, height = self._size
+        place: dict[str, Any] = {"ha": "center", "va": "top", "transform": self.figure.transFigure}
+        self.figure.add_artist(_make_label(x / width, y / height, text, size, **place))
 
-    def _write_beside(
-        self, distance: float, row: float, text: str, axes: Axes | None = None, *, ha: str
-    ) -> None:
-        """Write a text beside a row of axes, at a distance in inches from them."""
-        axes = axes or self._axes
-        side = axes.get_position().width * self._size[0]
-        x = distance / side + (ha == "left")
-        options: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "ha": ha}
-        self.figure.add_artist(_make_label(x, row, text, _SMALL, **options))
+
+def _find_margins(
+    title: str, names: Sequence[str], legend: str, bar: Sequence[str], has_heads: bool
+) -> _Margins:
+    """Return as much space around the cells of a map as its texts need.
+
+    Args:
+        title: The heading.
+        names: The names of the rows.
+        legend: The text below.
+        bar: Texts beside the bar of colours.
+        has_heads: True if the names of columns stand above the cells.
+    """
+    from altgrad.report.labels import measure_height, measure_width
+
+    line = measure_height("0", _HEAD) + _PAD
+    return _Margins(
+        max((measure_width(name, _SMALL) for name in names), default=0) + 2 * _PAD,
+        max(measure_width(text, _SMALL) for text in bar) + _BAR + 3 * _PAD if bar else _PAD,
+        measure_height(title, _TITLE) + 2 * _PAD + (line if has_heads else 0),
+        measure_height(legend, _LEGEND) + _PAD + (_PAD if has_heads else line),
+    )
+
+
+def _make_scale(colours: Sequence[str]) -> Colormap:
+    """Return the scale of shares from 0 to 1, with the colour of those that are too large."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("shares", [*colours]).with_extremes(over=OVER)
 
 
 def _make_label(x: float, y: float, text: str, size: float, **options: Any) -> Label:
