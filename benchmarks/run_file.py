@@ -63,7 +63,7 @@ def a_step() -> Callable[[], StepRecord]:
         return calls[-1]()
 
     watched = UpdateMonitor(model, formats=FORMATS, recipes=(), strict=True).attach(optimizer)
-    with mock.patch("altgrad.monitor.monitor.step_record", keep), watched:
+    with mock.patch("altgrad.monitor.recorder.step_record", keep), watched:
         train(model, optimizer, 2)
     return calls[-1]
 

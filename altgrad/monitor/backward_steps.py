@@ -10,7 +10,7 @@ or steps a part of one optimizer. A training step is all such steps, each of ano
 A reentrant checkpoint runs a backward pass of its own, whose layers belong to the same training
 step.
 
-Read `schedule` first; `monitor` comes next, which shows a training step as one record.
+Read `policy` first; `training_steps` comes next, which shows a training step as one record.
 """
 
 from __future__ import annotations
