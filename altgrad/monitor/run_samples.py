@@ -67,7 +67,9 @@ class RunSamples:
         self._starts = StartWeights(layers)
         if registry.module is not None:
             for name in ("running_mean", "running_var"):
-                self.twins.watch_average(BatchStatistic(name, registry.module, registry.names))
+                statistic = BatchStatistic(name, registry.module, registry.names)
+                if statistic.has_modules:
+                    self.twins.watch_average(statistic)
 
     @property
     def needs_amax(self) -> bool:

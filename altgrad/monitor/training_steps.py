@@ -75,6 +75,7 @@ class TrainingSteps:
         self._on_record = on_record
         self._on_skip = on_skip
         self._backward = BackwardSteps()
+        self._outside: set[str] = set()  # layers that were stepped outside of a backward pass
 
     # --- before a step
 
@@ -110,11 +111,12 @@ class TrainingSteps:
         """
         backward = self._backward
         if find_backward_pass() is None:
-            # After its steps in backward, the step of an optimizer that loops call does nothing.
-            if backward.has(optimizer) and not has_gradients(optimizer):
-                return False
-            backward.leave(optimizer)
-            self.end()
+            if backward.leader is not None:
+                # After its steps in backward, the step of an optimizer in a loop does nothing.
+                if backward.has(optimizer) and not has_gradients(optimizer):
+                    return False
+                backward.leave(optimizer)
+                self.end()
             return self._is_affordable(optimizer, index)
         if is_accumulating(optimizer):
             return False
@@ -125,7 +127,8 @@ class TrainingSteps:
                 backward.begin(optimizer)
                 leader = backward.leader or optimizer
                 backward.is_observed = self._is_affordable(leader, backward.index)
-                backward.expect(self._find_expected() if backward.is_observed else {})
+                due = self._find_expected() if backward.is_observed else {}
+                backward.expect(due, self._outside)
             backward.join(optimizer, layers)
         return backward.is_observed
 
@@ -160,7 +163,7 @@ class TrainingSteps:
             Exception: The step, measuring it, or showing its record has failed.
         """
         optimizer, index, backward = outcome.optimizer, outcome.index, self._backward
-        is_part = backward.has(optimizer)  # of a training step
+        is_part = backward.leader is not None and backward.has(optimizer)
         with self._lock, self._policy.observing(outcome.copy_seconds):
             # Before this step adds to them. A training step in backward has its own, at its end.
             seconds = _UNKNOWN if is_part else self._policy.seconds(optimizer, index)
@@ -172,7 +175,7 @@ class TrainingSteps:
             if is_part:
                 backward.add(record)
             else:
-                backward.note_outside(record)
+                self._outside.update(record.layers)
                 self._show(optimizer, record)
         if not is_part:
             self._policy.mark_end(optimizer, index)
@@ -196,7 +199,7 @@ class TrainingSteps:
     def close(self) -> None:
         """Show the last training step, and forget which optimizers have made it."""
         self.end()
-        self._backward = BackwardSteps()
+        self._backward, self._outside = BackwardSteps(), set()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what decides on the next steps of a resumed run.
