@@ -27,6 +27,8 @@ class StepPolicy:
 
     Attributes:
         every_n_steps: Shortest interval between observed steps, in steps; 1 for a function.
+        is_wanted: Function of a step's index that returns True if the schedule includes the step,
+            whatever it costs.
 
     Raises:
         TypeError: An argument has the wrong type.
