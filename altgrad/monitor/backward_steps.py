@@ -10,7 +10,7 @@ or steps a part of one optimizer. A training step is all such steps, each of ano
 A reentrant checkpoint runs a backward pass of its own, whose layers belong to the same training
 step.
 
-Read `schedule` first; `monitor` comes next, which shows a training step as one record.
+Read `policy` first; `training_steps` comes next, which shows a training step as one record.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ class BackwardSteps:
         self.is_observed = False
         self._expected: Collection[str] = ()  # with these layers it is complete; empty if unknown
         self._inside: set[str] = set()  # layers that were stepped inside of a backward pass
-        self._outside: set[str] = set()  # layers that were stepped outside
         self._passes: dict[int, int] = {}  # by the `id` of each layer that was stepped
         self._optimizers: WeakSet[Optimizer] = WeakSet()  # that made these steps
         self._left: WeakSet[Optimizer] = WeakSet()  # of these, that stepped outside since
@@ -62,7 +61,7 @@ class BackwardSteps:
         observed = {name for each in self._records for name in each.layers}
         return bool(self._expected) and observed.issuperset(self._expected)
 
-    def expect(self, layers: Mapping[str, Tensor]) -> None:
+    def expect(self, layers: Mapping[str, Tensor], outside: Collection[str]) -> None:
         """Set the layers that must step before the current training step is complete.
 
         These are layers with a visible hook that may step them in the backward pass. A hook on a
@@ -71,11 +70,12 @@ class BackwardSteps:
 
         Args:
             layers: The layers that are due and need a gradient, by name.
+            outside: Names of layers that were stepped outside of a backward pass.
         """
         inside = {
             n for n, each in layers.items() if n in self._inside or is_stepped_in_backward(each)
         }
-        self._expected = inside if layers.keys() <= inside | self._outside else ()
+        self._expected = inside if layers.keys() <= inside.union(outside) else ()
 
     def begins(self, optimizer: Optimizer, layers: Collection[int]) -> bool:
         """Return True if a new training step begins with the coming step of an optimizer.
@@ -120,10 +120,6 @@ class BackwardSteps:
         """
         if optimizer in self._optimizers:
             self._left.add(optimizer)
-
-    def note_outside(self, record: StepRecord) -> None:
-        """Remember that the layers of a record were stepped outside of a backward pass."""
-        self._outside.update(record.layers)
 
     def add(self, record: StepRecord) -> None:
         """Keep the record of an observed step, until `take_record` takes it."""

@@ -10,11 +10,12 @@ A detector copies a few weights of each layer, and compares them later. There ar
 A comparison costs no more than an observed step. `monitor` compares in `attach` and `detach`, and
 on request.
 
-Read `altgrad.observation.bypass_reason` first; `monitor` comes next.
+Read `measured_layers` and `altgrad.observation.bypass_reason` first; `monitor` comes next.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 from torch.optim import Optimizer
 
+from altgrad._messages import few
+from altgrad.monitor.measured_layers import MeasuredLayers
 from altgrad.observation.bypass_reason import (
     explain_idle_steps,
     explain_lost_layers,
@@ -37,10 +40,11 @@ from altgrad.observation.bypass_reason import (
 from altgrad.observation.dtensor import is_sharded
 from altgrad.observation.optimizers import is_flattened
 from altgrad.observation.other_steps import OtherSteps
-from altgrad.observation.parameter_names import ParameterRegistry
 from altgrad.observation.step import SkipReason
 from altgrad.observation.step_hooks import StepHooks, count_backward_passes
 from altgrad.observation.weight_sample import WeightSample
+
+_logger = logging.getLogger("altgrad")
 
 
 class Bypass(NamedTuple):
@@ -96,21 +100,13 @@ class BypassDetector:
     """A detector of steps that call none of the optimizer's hooks, and so cannot be observed.
 
     Args:
-        registry: All parameters by name.
-        find_stepped: Function that takes optimizers, and returns the measured layers that they
-            step, by name.
-        find_measured: Function that returns all measured layers, by name.
+        layers: The layers that are measured.
     """
 
-    def __init__(
-        self,
-        registry: ParameterRegistry,
-        find_stepped: Callable[[Sequence[Optimizer]], Mapping[str, Tensor]],
-        find_measured: Callable[[], Mapping[str, Tensor]],
-    ) -> None:
-        self._others = OtherSteps(lambda: registry.names)
-        self._find_stepped = find_stepped
-        self._find_measured = find_measured
+    def __init__(self, layers: MeasuredLayers) -> None:
+        self._registry = layers.registry
+        self._others = OtherSteps(lambda: layers.registry.names)
+        self._layers = layers
         # All measured layers, when the first optimizer was attached.
         self._all: WeightSample | None = None
         # The layers of each optimizer: when it was attached, and when it was last seen to step.
@@ -129,7 +125,7 @@ class BypassDetector:
             self._first.clear()
             self._last.clear()
             self._idling.clear()
-            self._all = WeightSample(self._find_measured())
+            self._all = WeightSample(self._layers.parameters)
             self._others.start()
         for hooks in attached:
             optimizer = hooks.optimizer
@@ -147,8 +143,8 @@ class BypassDetector:
         idling.is_idle = idling.is_idle and not has_moved
         if idling.is_idle:
             alive = {hooks.optimizer for hooks in self._first} - {None, optimizer}
-            others = self._find_stepped([each for each in alive if each is not None])
-            layers = self._find_stepped([optimizer])
+            others = self._layers.find_stepped([each for each in alive if each is not None])
+            layers = self._layers.find_stepped([optimizer])
             rest = {name: each for name, each in layers.items() if name not in others}
             idling.after = WeightSample(rest)
 
@@ -159,33 +155,43 @@ class BypassDetector:
         """
         idling = self._idling.get(optimizer)
         if idling is not None and idling.after is not None:
-            idling.moves.update(idling.after.find_changed(self._find_stepped([optimizer])))
+            idling.moves.update(idling.after.find_changed(self._layers.find_stepped([optimizer])))
             idling.after = None
 
     def end(self) -> None:
         """Stop listening to the steps of other optimizers."""
         self._others.stop()
 
-    def find_bypasses(
-        self,
-        attached: Sequence[StepHooks[Any]],
-        parameters: Mapping[str, Tensor],
-        changed: Collection[str] = (),
-    ) -> list[Bypass]:
-        """Return layers that something other than the steps of attached optimizers has moved.
+    def describe_bypasses(
+        self, attached: Sequence[StepHooks[Any]], changed: Collection[str]
+    ) -> list[str]:
+        """Describe layers that something other than the steps of attached optimizers has moved.
 
-        Only changes with a likely reason are returned: others may be edits or swaps of weights,
+        Only changes with a likely reason are described: others may be edits or swaps of weights,
         which are no updates.
 
         Args:
             attached: The hooks of all attached optimizers.
-            parameters: All parameters by name, as the module has them now.
             changed: Names of layers that something other than a step has changed, as *twins* found:
                 samples that are stepped as the run is.
 
         Returns:
-            One `Bypass` for each reason.
+            A notice for each reason; none if weights could not be compared.
         """
+
+        def find() -> list[Bypass]:
+            self._registry.read()  # the module may have been sharded since `attach`
+            return self._find_bypasses(attached, self._registry.parameters, changed)
+
+        return _describe("cannot see what moves", find)
+
+    def _find_bypasses(
+        self,
+        attached: Sequence[StepHooks[Any]],
+        parameters: Mapping[str, Tensor],
+        changed: Collection[str],
+    ) -> list[Bypass]:
+        """Return layers that moved outside of observed steps, each with the surest reason."""
         if not attached:
             return []
         found = [*self._find_lost(attached, parameters)]
@@ -204,7 +210,7 @@ class BypassDetector:
 
     def _find_other_steps(self, attached: Sequence[StepHooks[Any]]) -> Iterator[Bypass]:
         """Yield the layers that optimizers have stepped which are not attached."""
-        measured = self._find_measured()
+        measured = self._layers.parameters
         for kind, stepped in self._others.found.items():
             names = [name for name in measured if name in {*stepped}]
             owners = [x for x in attached if (f := self._first.get(x)) and {*f.names} & {*names}]
@@ -221,7 +227,7 @@ class BypassDetector:
         Layers also count as lost if FSDP1 has made their parameters views of flat shards.
         """
         optimizers = [each.optimizer for each in attached if each.optimizer is not None]
-        stepped = self._find_stepped(optimizers)
+        stepped = self._layers.find_stepped(optimizers)
         for hooks in attached:
             first, optimizer = self._first.get(hooks), hooks.optimizer
             if first is None or not first.names:
@@ -232,7 +238,7 @@ class BypassDetector:
                 continue
             newly = [n for n, each in known.items() if is_sharded(each) and n not in first.sharded]
             # With other layers in its groups, an optimizer has finished these: they may be frozen.
-            is_emptied = optimizer is not None and not self._find_stepped([optimizer])
+            is_emptied = optimizer is not None and not self._layers.find_stepped([optimizer])
             moved = first.sample.find_changed(known) if is_emptied else []
             reason = explain_lost_layers(first.kind, parameters.values(), bool(newly), bool(moved))
             if reason is not None:
@@ -276,7 +282,7 @@ class BypassDetector:
         if self._all is None:
             return []
         stepped = {name for look in self._last.values() for name in look.names}
-        rest = {n: each for n, each in self._find_measured().items() if n not in stepped}
+        rest = {n: each for n, each in self._layers.parameters.items() if n not in stepped}
         names = self._all.find_changed(rest)
         if not names:
             return []
@@ -286,24 +292,36 @@ class BypassDetector:
             for kind, layers in by_kind.items()
         ]
 
-    def find_unseen(
+    def describe_unseen(
         self,
         attached: Sequence[StepHooks[Any]],
-        parameters: Mapping[str, Tensor],
         seen: Container[str],
-        skipped: Container[SkipReason] = (),
-    ) -> list[Bypass]:
-        """Return layers that have moved since they were attached, and were in no observed step.
+        skipped: Container[SkipReason],
+    ) -> list[str]:
+        """Describe layers that have moved since they were attached, and were in no observed step.
 
         Args:
             attached: The hooks of all attached optimizers.
-            parameters: All parameters by name.
             seen: Names of the layers that were part of an observed step.
             skipped: Reasons for which steps were skipped that were to be observed.
 
         Returns:
-            One `Bypass` for each optimizer with such layers.
+            A notice for each optimizer with such layers; none if weights could not be compared.
         """
+
+        def find() -> list[Bypass]:
+            return self._find_unseen(attached, self._registry.parameters, seen, skipped)
+
+        return _describe("never observed", find)
+
+    def _find_unseen(
+        self,
+        attached: Sequence[StepHooks[Any]],
+        parameters: Mapping[str, Tensor],
+        seen: Container[str],
+        skipped: Container[SkipReason],
+    ) -> list[Bypass]:
+        """Return the layers of each optimizer that have moved, and were in no observed step."""
         found = []
         for hooks in attached:
             if (first := self._first.get(hooks)) is None:
@@ -323,7 +341,7 @@ class BypassDetector:
     def _look(
         self, hooks: StepHooks[Any], optimizer: Optimizer, attached: Sequence[StepHooks[Any]]
     ) -> _Look:
-        layers = self._find_stepped([optimizer])
+        layers = self._layers.find_stepped([optimizer])
         counts = {each: each.index for each in {*attached, hooks}}
         sharded = {name for name, each in layers.items() if is_sharded(each)}
         kind = type(optimizer).__name__
@@ -349,7 +367,7 @@ class BypassDetector:
             for each in attached
             if each.optimizer is not None and each.index != last.counts.get(each, each.index)
         ]
-        stepped = self._find_stepped(stepping) if stepping else {}
+        stepped = self._layers.find_stepped(stepping) if stepping else {}
         names = [name for name in last.sample.find_changed(known) if name not in stepped]
         if not names:
             return []
@@ -374,6 +392,15 @@ class BypassDetector:
         if reason is None and not hooks.index and has_hooks:
             return explain_steps_in_backward()
         return reason
+
+
+def _describe(finding: str, find: Callable[[], list[Bypass]]) -> list[str]:
+    """Return notices that begin with a finding; none if weights could not be compared."""
+    try:
+        return [f"{finding} {few(names)}: {reason}" for names, reason in find()]
+    except Exception as error:  # noqa: BLE001 - such as an error of a failed device
+        _logger.debug("weights could not be compared: %r", error)
+        return []
 
 
 def _explain_changed(

@@ -4,12 +4,13 @@ Before a step, the engine chooses elements and assigns memory; after it, it meas
 brings all results to the host in one transfer. The copies of layers on a device that does not
 measure are themselves brought to the host in one transfer, and measured there.
 
-Read `arena` first, which measures most layers together, and `host_step`; `monitor` comes next and
+Read `arena` first, which measures most layers together, and `host_step`. `recorder` comes next and
 calls the engine.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from weakref import WeakKeyDictionary
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from altgrad.distributed.peers import Peers, StepSums
+from altgrad.distributed.peers import StepSums
 from altgrad.distributed.shards import empty_part
 from altgrad.measurement.chunks import Sample
 from altgrad.measurement.ever_moved import EverMovedStore
@@ -28,9 +29,10 @@ from altgrad.monitor.arena import Arena
 from altgrad.monitor.host_step import bring_to_host
 from altgrad.monitor.layer_settings import LayerSettings
 from altgrad.monitor.scale_state import ScaleState
+from altgrad.monitor.sharding import Sharding
 from altgrad.observation import OptimizerStep, StepOutcome
 from altgrad.observation.dtensor import to_local_tensor
-from altgrad.observation.snapshots import Copies, Request
+from altgrad.observation.snapshots import Copies, Memory, Request
 from altgrad.quantization.arguments import INPUT_DTYPES
 
 
@@ -47,6 +49,7 @@ class Engine:
         settings: Settings of each layer.
         scale_state: The amax, largest finite magnitude, of each layer, from which scales follow.
         ever_moved: The flags of layers in no arena, which say which elements have moved so far.
+        sharding: The ranks that share the parameters.
     """
 
     def __init__(
@@ -55,24 +58,25 @@ class Engine:
         settings: LayerSettings,
         scale_state: ScaleState,
         ever_moved: EverMovedStore,
+        sharding: Sharding,
     ) -> None:
         self._measurer = measurer
         self._settings = settings
         self._scale_state = scale_state
         self._ever_moved = ever_moved
+        self._sharding = sharding
         # Weak keys: an arena, and its memory, go when the optimizer goes.
         self._arenas: WeakKeyDictionary[Optimizer, Arena] = WeakKeyDictionary()
         self._samples: dict[str, Sample] = {}
 
     # --- before a step
 
-    def choose_elements(self, name: str, parameter: Tensor, peers: Peers) -> Tensor | None:
+    def choose_elements(self, name: str, parameter: Tensor) -> Tensor | None:
         """Choose the elements of a layer's local shard to copy at each step, and remember these.
 
         Args:
             name: Name of the layer.
             parameter: The layer's parameter.
-            peers: The ranks that share the parameters.
 
         Returns:
             Indices into the flattened local shard, int64 (elements). None for all elements.
@@ -84,7 +88,7 @@ class Engine:
         self._samples.pop(name, None)
         if parameter.dtype not in INPUT_DTYPES:
             return None
-        part = empty_part()
+        part, peers = empty_part(), self._sharding.peers
         if self._settings.get(name).enabled:
             if name not in peers.known({name: parameter}):
                 raise RuntimeError(
@@ -97,15 +101,25 @@ class Engine:
             self._samples[name] = Sample(parameter.shape, part.indices, block)
         return part.local
 
-    def lay_out(
-        self, optimizer: Optimizer, requests: Sequence[Request], peers: Peers
+    def assign_memory(self, optimizer: Optimizer) -> Memory:
+        """Return a function that assigns memory for the copies of an optimizer's layers."""
+        reference = weakref.ref(optimizer)  # the observer holds this function, and no optimizer
+
+        def assign(requests: Sequence[Request]) -> Sequence[Copies | None]:
+            alive = reference()
+            assert alive is not None, "it is being stepped"
+            return self._lay_out(alive, requests)
+
+        return assign
+
+    def _lay_out(
+        self, optimizer: Optimizer, requests: Sequence[Request]
     ) -> Sequence[Copies | None]:
         """Assign memory for copies of weights and gradients of an optimizer's layers.
 
         Args:
             optimizer: The optimizer.
             requests: All of its layers that have or had a gradient.
-            peers: The ranks that share the parameters.
 
         Returns:
             Memory for each layer; None for layers that `Arena.lay_out` leaves out.
@@ -115,7 +129,7 @@ class Engine:
             for each in requests
             if self._settings.is_measured(each.name, each.parameter)
         }
-        self._scale_state.ensure_amax(measured, peers)
+        self._scale_state.ensure_amax(measured, self._sharding.peers)
         if optimizer not in self._arenas:
             arena = Arena(self._measurer, self._scale_state, self._ever_moved, self._samples)
             self._arenas[optimizer] = arena

@@ -2,7 +2,7 @@
 
 Read `altgrad.observation.rules` first, which resolves rules, and `elements`, which draws samples.
 
-`watch` comes next and shows the settings to other ranks.
+`measured_layers` comes next.
 """
 
 from __future__ import annotations
@@ -113,30 +113,6 @@ class LayerSettings:
         if is_lazy(parameter) or parameter.dtype not in INPUT_DTYPES:
             return False
         return self.get(name).enabled
-
-    def measured_names(self, names: Sequence[str], parameters: Mapping[str, Tensor]) -> list[str]:
-        """Return those of the given names whose layers are measured, by settings and dtype.
-
-        Args:
-            names: Names of the layers.
-            parameters: Parameters of these layers, by name.
-        """
-        return [name for name in names if self.is_measured(name, parameters[name])]
-
-    def measured(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return those of the given parameters that are measured and require a gradient.
-
-        Args:
-            parameters: The parameters by name.
-
-        Returns:
-            The selected parameters by name.
-        """
-        return {
-            name: parameter
-            for name, parameter in parameters.items()
-            if parameter.requires_grad and self.is_measured(name, parameter)
-        }
 
     def enabled(self, names: Sequence[str]) -> list[str]:
         """Return those of the given names whose layers are observed: `enabled` by their rule."""

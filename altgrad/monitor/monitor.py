@@ -1,106 +1,80 @@
 """`UpdateMonitor`: judge formats step by step, in any training loop.
 
-A monitor has no logic beyond the order of calls. At each step of an optimizer, a `StepObserver`
-calls these methods:
+A monitor makes its parts, each a file of this room, and connects them. Data flows one way. At each
+step of an optimizer, a `StepObserver` calls:
 
-1. `_is_due`, before the step: ask `policy`, and compute each amax that is due (`scale_state`).
-2. `_should_copy`, `_elements` and `_memory`: choose layers, elements, and memory for their copies
-   (`engine`).
-3. `_finish`, after the step: measure the copies (`engine`), add up the sums of all ranks
-   (`altgrad.distributed.peers`), and make the record.
+1. `training_steps`, before the step: is it due, by `policy`? If so, `recorder` prepares.
+2. `engine`: choose elements, and memory for copies of them.
+3. `training_steps`, after the step: `recorder` measures the copies (`engine`), adds up the sums of
+   all ranks (`altgrad.distributed.peers`), and makes the record.
 
-The observer also steps the twins (`altgrad.twins.twins`), at every step.
+The record comes back here, to `UpdateMonitor.latest` and the `on_record` callback. The observer
+also steps the twins (`altgrad.twins.twins`), at every step.
 
-This is the first file to read of this room. Read `policy` next, for 1, then `engine` and `arena`,
-for 2 and 3.
+This is the first file to read of this room. Read `training_steps` next, then `recorder`, then
+`engine` and `arena`.
 """
 
 from __future__ import annotations
 
-import logging
-import math
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from altgrad._messages import Notices, few
-from altgrad.distributed.host_group import LostRankError
-from altgrad.distributed.peers import Alone, Peers, StepSums
-from altgrad.distributed.together import Together
+from altgrad.distributed.peers import Alone
 from altgrad.distributed.twin_message import TwinPlan
 from altgrad.measurement.catalogue import NOW
-from altgrad.measurement.ever_moved import EverMovedStore, PackedBits, check_packed_bits
+from altgrad.measurement.ever_moved import EverMovedStore
 from altgrad.measurement.measure import DEFAULT_FORMATS
 from altgrad.measurement.measurer import Measurer
 from altgrad.measurement.native_code import native_code
-from altgrad.measurement.step_record import StepRecord, step_record
-from altgrad.measurement.twin_figures import TwinValues
-from altgrad.measurement.twin_parts import TwinShare
-from altgrad.monitor.backward_steps import (
-    BackwardSteps,
-    find_due,
-    has_gradients,
-    is_accumulating,
-)
+from altgrad.measurement.step_record import StepRecord
 from altgrad.monitor.bypass import BypassDetector
+from altgrad.monitor.checkpoint import Checkpoint
 from altgrad.monitor.describe import describe_layers
 from altgrad.monitor.engine import Engine
-from altgrad.monitor.header import describe_layer, describe_recipe, describe_run
+from altgrad.monitor.header import describe_recipe
 from altgrad.monitor.known_losses import KnownLosses
 from altgrad.monitor.lagging_average import describe_lagging_average, describe_lags
 from altgrad.monitor.layer_settings import LayerSettings
+from altgrad.monitor.measured_layers import MeasuredLayers
+from altgrad.monitor.moved_history import MovedHistory
 from altgrad.monitor.policy import StepPolicy
-from altgrad.monitor.run_storage import count_classes, describe_storage
+from altgrad.monitor.recorder import Recorder
+from altgrad.monitor.run_header import write_header
+from altgrad.monitor.run_samples import RunSamples
 from altgrad.monitor.scale_state import ScaleState
 from altgrad.monitor.schedule import StepSchedule
-from altgrad.monitor.start_weights import StartWeights
-from altgrad.monitor.state_sizes import find_owners, measure_states
+from altgrad.monitor.sharding import Sharding
+from altgrad.monitor.training_steps import TrainingSteps
 from altgrad.monitor.twin_layers import TwinLayers, count_most_sampled
 from altgrad.monitor.unjudged import leave_out_unjudged
 from altgrad.monitor.watch import Watch
-from altgrad.observation import SkipReason, StepObserver, StepOutcome
-from altgrad.observation.dtensor import is_sharded
+from altgrad.observation import SkipReason, StepObserver
 from altgrad.observation.parameter_names import ParameterRegistry
 from altgrad.observation.rules import TWIN_ELEMENTS, LayerSampling, SamplingRule
-from altgrad.observation.snapshots import Copies, Memory, Request
-from altgrad.observation.step_hooks import find_backward_pass
 from altgrad.observation.stored import get_stored_formats
 from altgrad.quantization.block_formats import Formats, get_formats
-from altgrad.quantization.devices import find_exact_device
 from altgrad.quantization.format_set import FormatSet
 from altgrad.quantization.formats import Scaling
 from altgrad.quantization.number_format import NumberFormat
 from altgrad.recipes.names import find_default_recipes, get_recipes
 from altgrad.recipes.recipe import Recipe
-from altgrad.twins.batch_norm import BatchStatistic
-from altgrad.twins.rank_states import join_states, pack_state
 from altgrad.twins.run_average import RunAverage
 from altgrad.twins.twins import Twins
-
-_logger = logging.getLogger("altgrad")
 
 DEFAULT_MAX_ELEMENTS = 1024
 """Default number of sampled elements of a layer; a share then has a standard error of up to 0.016.
 
 That is sqrt(0.5 · 0.5 / 1024); benchmarks/README.md has measurements.
 """
-
-_STATE = ("formats", "ever_moved", "scales", "last_seen", "skipped", "budgets")
-"""Entries of `UpdateMonitor.state_dict` that each version of AltGrad has written."""
-
-_UNKNOWN = (math.nan, math.nan)
-"""The value of two times if they are unknown: to observe a step, and the mean of training steps."""
-
-_NO_TWINS: Mapping[str, Any] = {"lanes": [], "resynchronised": {}, "sum_rounding": {}}
-"""The state from which twins begin anew; a twin is a sample that is stepped as a recipe says."""
 
 
 class UpdateMonitor:
@@ -185,80 +159,113 @@ class UpdateMonitor:
         self._on_record = on_record
         self._is_strict = strict
         self._notices = Notices(type(self).__name__, warn)
+        # What is observed: formats, steps, layers, and the ranks among which layers are sharded.
         own_formats = get_formats(formats)
         rule_formats = [format for rule in sampling for format in get_formats(rule.formats or ())]
         self._formats = FormatSet([*own_formats, *rule_formats], scaling)
-        self._policy = StepPolicy(every_n_steps, overhead_budget)
+        policy = StepPolicy(every_n_steps, overhead_budget)
         registry = ParameterRegistry(module)
         self._sampling = tuple(sampling)
-        self._settings = LayerSettings(
+        settings = LayerSettings(
             [*registry.names.values()],
             sampling,
             self._formats,
             own_formats,
-            every_n_steps=self._policy.every_n_steps,
+            every_n_steps=policy.every_n_steps,
             max_elements=max_elements,
             seed=seed,
             twin_elements=twin_elements,
         )
+        self._layers = MeasuredLayers(registry, settings)
+        self._sharding = Sharding()
+        # Samples that are followed from the start of the run.
         chosen = find_default_recipes(self.formats) if recipes is None else get_recipes(recipes)
         weights = (recipe.weights_format for recipe in chosen)
         stored = [format for format in weights if format is not None]
         self._scale_state = ScaleState(FormatSet([*self.formats, *stored], scaling))
-        self._scales_twins = FormatSet(stored, scaling).needs_amax
-        self._ever_moved = EverMovedStore(self._warn)
-        self._engine = Engine(
-            Measurer(self._formats), self._settings, self._scale_state, self._ever_moved
-        )
-        self._peers: Peers = Alone()
-        self._loaded: Mapping[str, PackedBits] | None = None  # until ranks know their local shards
-        self._last_seen: dict[str, int] = {}  # by layer, the index of its last observed step
-        self._lock = threading.RLock()  # two threads may step two optimizers
         most = count_most_sampled(
             [twin_elements, *(rule.twin_elements or 0 for rule in sampling)], chosen, scaling
         )
-        layers = TwinLayers(
-            registry,
-            self._settings,
+        twin_layers = TwinLayers(
+            self._layers,
             self._scale_state,
-            lambda: self._peers,
+            self._sharding,
             self._warn,
             warn_here=self._notices.give_once,
             most_elements=most,
             warns_about_omissions=bool(recipes),
         )
-        self._twins = Twins(chosen, layers, self._lock, strict=strict)
-        self._starts = StartWeights(layers)  # of use without twins
-        if registry.module is not None:
-            for name in ("running_mean", "running_var"):
-                self._twins.watch_average(BatchStatistic(name, registry.module, registry.names))
+        lock = threading.RLock()  # two threads may step two optimizers
+        self._samples = RunSamples(chosen, twin_layers, registry, lock, strict=strict)
+        # The road of a step: observed, measured, recorded.
+        ever_moved = EverMovedStore(self._warn)
+        self._engine = Engine(
+            Measurer(self._formats), settings, self._scale_state, ever_moved, self._sharding
+        )
+        self._recorder = Recorder(
+            self._formats,
+            self._layers,
+            self._scale_state,
+            self._engine,
+            self._samples,
+            self._sharding,
+            lambda: self._observer.optimizers,
+        )
+        self._steps = TrainingSteps(
+            policy,
+            self._layers,
+            self._recorder,
+            self._sharding,
+            lock,
+            on_record=self._show,
+            on_skip=self._count_skip,
+        )
         self._observer = StepObserver(
             registry,
-            on_outcome=self._finish,
-            should_observe=self._is_due,
-            elements=self._elements,
-            memory=self._memory,
-            should_copy=self._should_copy if sampling else None,
+            on_outcome=self._steps.finish,
+            should_observe=self._begin_step,
+            elements=self._engine.choose_elements,
+            memory=self._engine.assign_memory,
+            should_copy=self._steps.is_layer_due if sampling else None,
             leave_out=self._leave_out_unseen,
-            every_step=self._twins if chosen else None,
+            every_step=self._samples.twins if chosen else None,
             read_found_inf=False,
             strict=strict,
             warn=self._notices.give,
         )
+        # What outlasts a run, and what other ranks compare.
+        self._history = MovedHistory(
+            self._formats.names, ever_moved, self._engine, self._layers, self._warn
+        )
+        self._checkpoint = Checkpoint(
+            self._steps,
+            self._scale_state,
+            self._observer.skipped,
+            self._history,
+            self._samples,
+            warn_here=self._notices.give_once,
+            strict=strict,
+        )
         self._watch = Watch(
-            registry,
-            self._settings,
+            self._layers,
             self._formats,
-            self._decides,
+            {
+                "formats": self.formats,
+                "scaling": scaling,
+                "seed": seed,
+                "overhead_budget": overhead_budget,
+                "recipes": {each.name: describe_recipe(each, scaling) for each in chosen},
+            },
+            self._checkpoint.describe,
             self._warn,
             TwinPlan([*(recipe.name for recipe in chosen), NOW] if chosen else (), most),
         )
-        self._backward = BackwardSteps()
-        self._bypasses = BypassDetector(registry, self._watch.find_stepped, lambda: self.parameters)
+        # Notices of what is lost without a measurement, and of what is not seen.
+        self._bypasses = BypassDetector(self._layers)
         self._known_losses = KnownLosses(
-            self._watch.find_stepped,
+            self._layers.find_stepped,
             self._warn,
-            lambda name: bool(chosen) and layers.has_twins(name),
+            lambda name: bool(chosen) and twin_layers.has_twins(name),
         )
 
     @property
@@ -278,7 +285,7 @@ class UpdateMonitor:
         A recipe says in which formats weights and optimizer states are stored, and how they are
         stepped. It is tried on a *twin*, a small sample of each layer.
         """
-        return self._twins.recipes
+        return self._samples.twins.recipes
 
     @property
     def twins(self) -> Twins:
@@ -288,17 +295,17 @@ class UpdateMonitor:
         `checks` of `Twins` says how well a sample that is stepped as the training is agrees with
         the training.
         """
-        return self._twins
+        return self._samples.twins
 
     @property
     def layers(self) -> Mapping[str, LayerSampling]:
         """The settings of each layer by name: its formats, interval in steps and size of sample."""
-        return self._settings.by_name
+        return self._layers.settings.by_name
 
     @property
     def parameters(self) -> dict[str, Tensor]:
         """The parameters that are measured, by name."""
-        return self._settings.measured(self._observer.parameters)
+        return self._layers.parameters
 
     @property
     def skipped(self) -> Counter[SkipReason]:
@@ -325,7 +332,7 @@ class UpdateMonitor:
     @property
     def is_shared(self) -> bool:
         """True if parameters are sharded, so that several ranks observe each step together."""
-        return self._peers.size > 1
+        return self._sharding.is_shared
 
     def run_header(self) -> dict[str, Any]:
         """Describe formats, scaling, layers and recipes as plain data: a run file's header.
@@ -338,50 +345,17 @@ class UpdateMonitor:
         Returns:
             A dict that JSON can hold.
         """
-        # A layer that was observed may be frozen at the moment, as in an alternating GAN.
-        described = {*self.parameters, *self._last_seen}
-        owners = find_owners(self._observer.optimizers)
-        layers = {
-            name: describe_layer(
-                parameter,
-                self._settings.get(name),
-                self._settings.count_measured(name, parameter.shape),
-                measure_states(
-                    owners.get(parameter), parameter, has_stepped=name in self._last_seen
-                ),
-            )
-            for name, parameter in self._observer.parameters.items()
-            if name in described
-        }
-        return describe_run(self.formats, self.scaling, layers, self.recipes) | {
-            "versions": {"torch": torch.__version__},
-            "now": describe_storage(self._observer.optimizers, self.parameters.values()),
-            "optimizers": count_classes(self._observer.optimizers),
-            "kernel": native_code.describe() if self._measures_on_host else "eager",
-        }
-
-    @property
-    def _measures_on_host(self) -> bool:
-        """True if the CPU measures some of the layers."""
-        parameters = self._observer.parameters.values()
-        return any(find_exact_device(each.device).type == "cpu" for each in parameters)
+        return write_header(
+            self._formats,
+            self.recipes,
+            self._layers,
+            self._observer.optimizers,
+            self._steps.last_seen,
+        )
 
     def count_elements(self, name: str) -> int:
         """Return the number of elements of a layer that are measured in a step."""
-        return self._settings.count_measured(name, self._observer.parameters[name].shape)
-
-    def _list_own_figures(self) -> list[str]:
-        """Return the figures that tell what a run in 16 bits loses, as far as it has them."""
-        if not any(each.twin_elements for each in self.layers.values()):
-            return ["unmoved_frac"]
-        return ["moved_since_start_frac/now", *(["progress_kept/now"] if self.recipes else [])]
-
-    def _is_whole(self, name: str) -> bool:
-        """Return True if all elements of a layer are measured, and not a sample."""
-        parameter = self._observer.parameters.get(name)
-        if parameter is None or not self._settings.is_measured(name, parameter):
-            return False
-        return self.count_elements(name) == parameter.shape.numel()
+        return self._layers.count_elements(name)
 
     def describe(self) -> str:
         """Return a dry run: a table of the layers, with the rule and the settings of each."""
@@ -415,35 +389,27 @@ class UpdateMonitor:
             LostRankError: A rank has not called this method.
         """
         self._observer.registry.read()  # the module may have been sharded since __init__
-        peers = self._find_peers()
-        if not self._is_sharded and self._observer.is_replica:
+        peers = self._sharding.find(self._watch)
+        if isinstance(peers, Alone) and self._observer.is_replica:
             return self
 
         def check() -> Sequence[Optimizer]:
             found = self._observer.check(*optimizers, scaler=scaler)
-            if self._measures_on_host:
+            if self._layers.measures_on_host:
                 native_code.prepare(compiles=True)
             return found
 
         peers.attach(check)
-        if peers.size > 1 and self._scales_twins:
-            self._scale_state.begin(self._stepped(), peers)  # twins make every step from now on
-        if self._loaded is not None:
-            names = self._settings.measured_names(self._observer.names, self._observer.parameters)
-            parts = peers.parts(names)
-            self._ever_moved.load_state_dict(self._loaded, parts)
-            self._loaded = None
+        self._recorder.begin()
+        self._history.begin(peers)
         self._observer.attach(*optimizers, scaler=scaler)
-        self._twins.attach(self._observer.optimizers)
-        if not self.recipes:
-            self._starts.begin(self._observer.optimizers)
-        self._twins.note_batches()
+        self._samples.attach(self._observer.optimizers)
         self._bypasses.begin(self._observer.hooks)
         for notice in leave_out_unjudged(
-            self._watch,
-            self._settings,
+            self._layers,
+            self._formats,
             get_stored_formats(optimizers),
-            self._list_own_figures(),
+            has_recipes=bool(self.recipes),
         ):
             self._warn(notice)
         self._known_losses.check_attached(self._observer.optimizers)
@@ -486,15 +452,14 @@ class UpdateMonitor:
                 invalid.
         """
         average = RunAverage(name, averaged, self._observer.parameters, decay, part)
-        self._twins.check_name(name)
+        self.twins.check_name(name)
         if isinstance(averaged, AveragedModel):
             notices = describe_lagging_average(averaged)
         else:
             notices = describe_lags(average.find_tensors(), 1.0 if decay is None else decay)
         for notice in notices:  # raises if warnings are errors, before anything is watched
             self._warn(notice)
-        with self._lock:
-            self._twins.watch_average(average)
+        self._samples.watch_average(average)
         return self
 
     def detach(self) -> None:
@@ -503,16 +468,17 @@ class UpdateMonitor:
         Raises:
             Exception: If `strict`, an error of the last step that no later step has raised.
         """
-        self._end_backward_step()
-        self._backward = BackwardSteps()
-        bypasses = self._describe_bypasses() or self._describe_skipped()
+        self._steps.close()
+        notices = self._describe_bypasses()
+        if not notices and self.latest is None and self.skipped["no gradients"]:
+            notices = self.describe_unseen()
         self._observer.detach()
         self._bypasses.end()
         self._engine.free_arenas()
-        self._twins.release()
-        for notice in bypasses:  # last: where warnings are errors, the hooks must be gone
+        self.twins.release()
+        for notice in notices:  # last: where warnings are errors, the hooks must be gone
             self._warn(notice)
-        error = self._peers.take_error()
+        error = self._sharding.peers.take_error()
         if error is None:
             return
         if self._is_strict:
@@ -540,10 +506,10 @@ class UpdateMonitor:
         Returns:
             A notice for each optimizer with such layers, which says why.
         """
-        self._end_backward_step()
-        hooks, parameters = self._observer.hooks, self._observer.parameters
-        unseen = self._bypasses.find_unseen(hooks, parameters, self._last_seen, self.skipped)
-        return [f"never observed {few(names)}: {reason}" for names, reason in unseen]
+        self._steps.end()
+        return self._bypasses.describe_unseen(
+            self._observer.hooks, self._steps.last_seen, self.skipped
+        )
 
     def __enter__(self) -> UpdateMonitor:  # noqa: PYI034 - typing has Self only from Python 3.11 on
         return self
@@ -573,18 +539,8 @@ class UpdateMonitor:
             A dict of plain data and tensors, equal on all ranks. Any number of ranks can restore
             it. Its ``ever_moved`` is empty if other ranks have not called this method.
         """
-        self._end_backward_step()
-        return {
-            "formats": self._formats.names,
-            "ever_moved": self._history() if self._loaded is None else dict(self._loaded),
-            "samples": self._settings.describe_samples(),
-            "scales": self._scale_state.state_dict(),
-            "last_seen": dict(self._last_seen),
-            "skipped": dict(self.skipped),
-            "budgets": self._policy.state_dict(),
-            "twins": self._gather_twins(),
-            "starts": self._starts.state_dict(),
-        }
+        self._steps.end()
+        return self._checkpoint.state_dict(self._sharding.peers)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a `state_dict`, before `attach`.
@@ -603,345 +559,39 @@ class UpdateMonitor:
         """
         if self._observer.hooks:
             raise RuntimeError("the monitor is attached; call load_state_dict() before attach()")
-        _check_state(state)
-        self._engine.free_arenas()
-        is_alike = tuple(state["formats"]) == self._formats.names
-        self._loaded = dict(state["ever_moved"]) if is_alike else {}
-        if not is_alike:
-            self._warn(
-                f"restores a run with formats {tuple(state['formats'])}, and judges "
-                f"{self._formats.names}: never_moved_frac begins anew"
-            )
-        others = self._settings.find_other_samples(self._loaded, state.get("samples"))
-        if others := [name for name in others if not self._is_whole(name)]:
-            self._loaded = {n: flags for n, flags in self._loaded.items() if n not in others}
-            self._warn(
-                f"has never_moved_frac of {few(others)} begin anew: the run before drew other "
-                "elements, by another seed, block size or version"
-            )
-        self._scale_state.load_state_dict(state["scales"])
-        self._last_seen = dict(state["last_seen"])
-        self.skipped.clear()
-        self.skipped.update(state["skipped"])
-        self._policy.load_state_dict(state["budgets"])
-        if "twins" in state:  # states of version 0.1.0 have none
-            self._twins.load_state_dict(state["twins"])
-        if not self.recipes:
-            self._starts.load_state_dict(state.get("starts", {}))
+        self._checkpoint.load_state_dict(state)
 
     # --- one step
 
-    def _is_due(self, index: int) -> bool:
-        """Return True if the coming step is to be observed, and prepare for the observation.
-
-        The observer calls this before the step. To prepare is to compute the largest magnitude of
-        each layer whose scales are due, in `ScaleState`.
+    def _begin_step(self, index: int) -> bool:
+        """Return True if the coming step is to be observed; the observer calls this before it.
 
         Args:
             index: Number of steps of the optimizer since it was attached, before this one.
         """
         optimizer = self._observer.asking  # the observer passes the index of the step alone
         self._bypasses.note_coming(optimizer)
-        if not self._decide(optimizer, index):
-            return False
-        self._check_sharding(optimizer)
-        with self._lock, self._policy.observing():
-            are_new = self._peers.before_step(optimizer)
-            if self._scale_state.prepare(self._stepped, self._peers, are_new=are_new):
-                self._change_scales()
-            if not self.recipes:
-                self._starts.begin([optimizer])  # layers that it has got since `attach`
-        return True
-
-    def _check_sharding(self, optimizer: Optimizer) -> None:
-        """Raise an error if the layers of an optimizer were sharded after `attach`.
-
-        accelerate, for example, gives an optimizer sharded parameters in ``prepare``.
-
-        Raises:
-            RuntimeError: The layers were sharded.
-        """
-        groups = optimizer.param_groups if isinstance(self._peers, Alone) else ()
-        if not any(is_sharded(parameter) for group in groups for parameter in group["params"]):
-            return
-        stepped = self._watch.find_stepped([optimizer])  # of which others are not observed
-        if sharded := [name for name, parameter in stepped.items() if is_sharded(parameter)]:
-            raise RuntimeError(
-                f"{few(sharded)}: sharded after attach(); shard the module first, as by "
-                "fully_shard or accelerate's prepare(), then call attach()"
-            )
-
-    def _decide(self, optimizer: Optimizer, index: int) -> bool:
-        """Return True if the coming step is to be observed.
-
-        All steps of one training step inside a backward pass get the same answer. Steps that only
-        accumulate gradients are no part of any.
-
-        Args:
-            optimizer: The optimizer that is about to step.
-            index: Number of its steps before this one.
-        """
-        steps = self._backward
-        if find_backward_pass() is None:
-            # After its steps in backward, the step of an optimizer that loops call does nothing.
-            if steps.has(optimizer) and not has_gradients(optimizer):
-                return False
-            steps.leave(optimizer)
-            self._end_backward_step()
-            return self._is_affordable(optimizer, index)
-        if is_accumulating(optimizer):
-            return False
-        layers = find_due(optimizer)
-        with self._lock:
-            if steps.begins(optimizer, layers):
-                self._end_backward_step()
-                steps.begin(optimizer)
-                steps.is_observed = self._is_affordable(steps.leader or optimizer, steps.index)
-                steps.expect(self._find_expected() if steps.is_observed else {})
-            steps.join(optimizer, layers)
-        return steps.is_observed
-
-    def _find_expected(self) -> dict[str, Tensor]:
-        """Return the layers that are due and may get a gradient, by name."""
-        stepped = self._watch.find_stepped(self._observer.optimizers)
-        return {
-            name: parameter
-            for name, parameter in stepped.items()
-            if parameter.requires_grad and self._should_copy(name, self._backward.index)
-        }
-
-    def _is_affordable(self, optimizer: Optimizer, index: int) -> bool:
-        """Return True if the schedule includes a step, and the overhead budget allows it."""
-        # If the schedule raises, observe the step: its end is where errors of ranks are combined.
-        wanted = True
-        with self._peers.hold_errors():
-            wanted = self._policy.is_wanted(index)
-        # A step beyond the overhead budget involves no other rank: all ranks decide this alike.
-        return wanted and self._policy.is_paid_for(optimizer, index)
-
-    def _should_copy(self, name: str, index: int) -> bool:
-        """Return True if the interval of a layer has passed, so that the step measures it."""
-        if find_backward_pass() is not None:
-            index = self._backward.index
-        return self._settings.is_due(name, index, self._last_seen.get(name, index))
-
-    def _elements(self, name: str, parameter: Tensor) -> Tensor | None:
-        """Choose the elements of a layer that are copied, int64 (elements); None for all."""
-        return self._engine.choose_elements(name, parameter, self._peers)
-
-    def _memory(self, optimizer: Optimizer) -> Memory:
-        """Return a function that assigns memory for the copies of an optimizer's layers."""
-        reference = weakref.ref(optimizer)  # the observer holds this function, and no optimizer
-
-        def assign(requests: Sequence[Request]) -> Sequence[Copies | None]:
-            alive = reference()
-            assert alive is not None, "it is being stepped"
-            return self._engine.lay_out(alive, requests, self._peers)
-
-        return assign
-
-    def _finish(self, outcome: StepOutcome) -> None:
-        """Measure a step that the optimizer has just made, and pass its record to `on_record`.
-
-        The sums that were measured, such as that of the squared updates of each layer, are added up
-        over all ranks. A step that was skipped, or had an error, ends here, too.
-        """
-        optimizer, index, steps = outcome.optimizer, outcome.index, self._backward
-        is_part = steps.has(optimizer)  # of a training step
-        with self._lock, self._policy.observing(outcome.copy_seconds):
-            # Before this step adds to them. A training step in backward has its own, at its end.
-            seconds = _UNKNOWN if is_part else self._policy.seconds(optimizer, index)
-            if self._scale_state.settle(self._stepped, self._peers):
-                self._change_scales()
-            local = self._measure(outcome, seconds)
-            record = self._record(index, self._peers.combine(optimizer, index, local))
-            if record is None:
-                return
-            if is_part:
-                steps.add(record)
-            else:
-                steps.note_outside(record)
-                self._show(optimizer, record)
-        if not is_part:
-            self._policy.mark_end(optimizer, index)
-        elif steps.is_complete:
-            self._end_backward_step()
-
-    def _end_backward_step(self) -> None:
-        """Show the steps that were observed in the current backward pass as one record."""
-        steps = self._backward
-        if steps.leader is None:
-            return
-        with self._lock, self._policy.observing():
-            seconds = self._policy.seconds(steps.leader, steps.index)
-            record = steps.take_record(self._observer.names, seconds)
-            if record is None:
-                return
-            self._show(steps.leader, record)
-        self._policy.mark_end(steps.leader, steps.index)
+        return self._steps.begin(optimizer, index)
 
     def _show(self, optimizer: Optimizer, record: StepRecord) -> None:
-        """Store the record of a training step as the latest, and pass it to `on_record`."""
-        self._note(optimizer, record)
-        if self._on_record is not None:
-            with self._peers.hold_errors():
-                self._on_record(record)
-
-    def _measure(self, outcome: StepOutcome, seconds: tuple[float, float]) -> StepSums:
-        """Return the sums of a step on this rank, with one copy to the host, or its error.
-
-        Args:
-            outcome: The step.
-            seconds: Time to observe the last observed step and mean time of a training step, in
-                seconds.
-        """
-        optimizer, shown, twins, moves = outcome.optimizer, outcome.shown, [], []
-        with self._peers.hold_errors():
-            twins = self._twins.measure(optimizer, shown) if shown else []
-            moves = self._starts.measure(optimizer, shown)
-        others = [numbers for each in twins for numbers in each.tensors]
-        others += [each.values for each in moves]
-        local = self._engine.measure(outcome, seconds, others)
-        share = TwinShare()
-        with self._peers.hold_errors():
-            if moves:
-                share = self._starts.read(moves, local.others)
-            else:
-                share = self._twins.read(optimizer, twins, local.others)
-        return local._replace(twins=share)
-
-    def _record(self, index: int, step: StepSums) -> StepRecord | None:
-        """Return the figures of a step; None for one that moved no weight, which is counted."""
-        if self.is_shared:
-            self._twins.note_ranks(step.twins)
-        if not step.names:
-            if step.skipped is not None:
-                self.skipped[step.skipped] += 1
-            return None
-        judged = self._settings.judged(step.names)
-        record = step_record(
-            self._formats.names,
-            judged,
-            step.vectors,
-            index,
-            step.seconds,
-            twins=TwinValues.read_parts(step.twins.parts, self._twins.find_averaged()),
-        )
-        # A fused optimizer reads found_inf on its device, and skips the step without the host.
-        if step.found_inf and not record.model["update_rms"] > 0:
-            self.skipped["inf"] += 1
-            return None
-        return record
-
-    def _note(self, optimizer: Optimizer, record: StepRecord) -> None:
-        """Keep the record of a step as the latest; update what decides on later steps."""
-        self._last_seen |= dict.fromkeys(record.layers, record.index)
-        self._scale_state.step_observed(record)
-        seconds = record.own_seconds, record.training_seconds
-        self._policy.charge(optimizer, record.index, seconds)
+        """Keep the record of a training step as the latest, and pass it to `on_record`."""
         self.latest = record
+        self._scale_state.step_observed(record)
         self._bypasses.note_step(optimizer, has_moved=record.model["update_rms"] != 0)
         self._known_losses.check_stepped(optimizer)
+        if self._on_record is not None:
+            with self._sharding.peers.hold_errors():
+                self._on_record(record)
 
-    def _change_scales(self) -> None:
-        self._engine.scales_changed()
-        self._twins.scales_changed()
-
-    # --- peers
-
-    @property
-    def _is_sharded(self) -> bool:
-        return any(map(is_sharded, self._observer.parameters.values()))
-
-    def _find_peers(self) -> Peers:
-        """Return the ranks that share the parameters; find them anew if sharding is new."""
-        if isinstance(self._peers, Alone) and self._is_sharded:
-            self._peers = Together(self._watch)
-        return self._peers
-
-    def _stepped(self) -> dict[str, Tensor]:
-        """Return the parameters that any observed optimizer steps, by name."""
-        return self._peers.agreed(lambda: self._watch.find_stepped(self._observer.optimizers))
-
-    def _decides(self) -> dict[str, dict[str, object]]:
-        """Return arguments and state that decide what is observed next, for ranks to compare.
-
-        Arguments are under ``"setting"`` and state under ``"state"``, each by name.
-        """
-        return {
-            "setting": {
-                "formats": self._formats.formats,
-                "scaling": self._formats.scaling,
-                "seed": self._settings.seed,
-                "overhead_budget": self._policy.overhead_budget,
-                "recipes": {
-                    each.name: describe_recipe(each, self.scaling) for each in self.recipes
-                },
-            },
-            "state": {
-                "scales": self._scale_state.description(),
-                "last_seen": sorted(self._last_seen.items()),
-                "budgets": self._policy.state_dict(),
-            },
-        }
-
-    def _history(self) -> Mapping[str, PackedBits]:
-        """Return which elements have moved on any rank: packed flags, by name of the layer."""
-        here = self._ever_moved.state_dict(self._engine.flags())
-        names = self._settings.measured_names(self._observer.names, self._observer.parameters)
-        try:
-            return self._peers.whole_history(here, names, 1 + len(self._formats))
-        except LostRankError as error:
-            if self._is_strict:
-                raise
-            self._notices.give_once(
-                "state_dict() was not called on every rank, so that never_moved_frac and twins "
-                f"will begin anew: {error}"
-            )
-            return {}
-
-    def _gather_twins(self) -> Mapping[str, Any]:
-        """Return the state of the twins on all ranks: of samples that are stepped as recipes say.
-
-        It is empty if a rank does not answer, of which `_history` has warned.
-
-        Raises:
-            LostRankError: A rank does not answer, and `strict` is True.
-        """
-        own = self._twins.state_dict()
-        if not (self.is_shared and self.recipes):
-            return own
-        try:
-            return join_states(self._peers.exchange(pack_state(own)))
-        except LostRankError:
-            if self._is_strict:
-                raise
-            return _NO_TWINS
+    def _count_skip(self, reason: SkipReason) -> None:
+        self.skipped[reason] += 1
 
     # --- notices
 
     def _describe_bypasses(self) -> list[str]:
         """Return a notice for each optimizer whose layers move without calls of its hooks."""
-        try:
-            self._observer.registry.read()  # the module may have been sharded since `attach`
-            changed = [name for name, times in self._twins.resynchronised.items() if times > 1]
-            found = self._bypasses.find_bypasses(
-                self._observer.hooks, self._observer.parameters, changed
-            )
-        except Exception as error:  # noqa: BLE001 - such as an error of a failed device
-            _logger.debug("weights could not be compared: %r", error)
-            return []
-        return [f"cannot see what moves {few(names)}: {reason}" for names, reason in found]
-
-    def _describe_skipped(self) -> list[str]:
-        """Return notices of layers that moved although all steps were skipped without gradients."""
-        if self.latest is not None or not self.skipped["no gradients"]:
-            return []
-        try:
-            return self.describe_unseen()
-        except Exception as error:  # noqa: BLE001 - such as an error of a failed device
-            _logger.debug("weights could not be compared: %r", error)
-            return []
+        changed = [name for name, times in self.twins.resynchronised.items() if times > 1]
+        return self._bypasses.describe_bypasses(self._observer.hooks, changed)
 
     def _leave_out_unseen(self, names: Sequence[str], why: str) -> None:
         """Warn that some layers cannot be observed, and `why`."""
@@ -950,15 +600,5 @@ class UpdateMonitor:
     def _warn(self, message: str) -> None:
         """Warn the user, once for each message and on the first rank alone."""
         # All ranks give the same notices.
-        if self._peers.rank == 0:
+        if self._sharding.peers.rank == 0:
             self._notices.give_once(message)
-
-
-def _check_state(state: Mapping[str, Any]) -> None:
-    """Raise an error if entries of a monitor's state are missing."""
-    if missing := [name for name in _STATE if name not in state]:
-        raise ValueError(
-            f"state={sorted(state)}: expected the entries of UpdateMonitor.state_dict(), of which "
-            f"{missing} are missing; leave out load_state_dict() to begin anew"
-        )
-    check_packed_bits(state["ever_moved"])

@@ -49,13 +49,10 @@ class Clock:
         self._own = 0.0
         self._marks: WeakKeyDictionary[Optimizer, _Mark] = WeakKeyDictionary()
 
-    def add(self, seconds: float) -> None:
-        """Add seconds to the time spent on observing."""
-        self._own += seconds
-
     @contextmanager
-    def observing(self) -> Iterator[None]:
-        """Count the time within a ``with`` block as observing."""
+    def observing(self, seconds: float = 0.0) -> Iterator[None]:
+        """Count the time within a ``with`` block, and `seconds` before it, as observing."""
+        self._own += seconds
         start = time.perf_counter()
         try:
             yield

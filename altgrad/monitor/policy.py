@@ -1,6 +1,6 @@
 """`StepPolicy`: decide which steps are observed, by their index and by what observing costs.
 
-Read `schedule` and `overhead` first, which `StepPolicy` combines; `monitor` comes next and uses it.
+Read `schedule` and `overhead` first, which `StepPolicy` combines; `training_steps` comes next.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ class StepPolicy:
 
     Attributes:
         every_n_steps: Shortest interval between observed steps, in steps; 1 for a function.
+        is_wanted: Function of a step's index that returns True if the schedule includes the step,
+            whatever it costs.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -41,11 +43,11 @@ class StepPolicy:
         if not (isinstance(every_n_steps, StepSchedule) or callable(every_n_steps)):
             every_n_steps = StepSchedule(every_n_steps)
         if isinstance(every_n_steps, StepSchedule):
-            self._is_wanted: Callable[[int], bool] = every_n_steps.is_due
+            self.is_wanted: Callable[[int], bool] = every_n_steps.is_due
             self.every_n_steps = every_n_steps.every_n_steps
         else:
             # The steps that a function selects are not known in advance: assume every step.
-            self._is_wanted = every_n_steps
+            self.is_wanted = every_n_steps
             self.every_n_steps = 1
         self._clock = Clock()
         self._budgets = None
@@ -56,10 +58,6 @@ class StepPolicy:
     def overhead_budget(self) -> float | None:
         """The maximum share of the whole time that observing may take; None without a limit."""
         return None if self._budgets is None else self._budgets.share
-
-    def is_wanted(self, index: int) -> bool:
-        """Return True if the schedule includes the step with this index, whatever it costs."""
-        return self._is_wanted(index)
 
     def is_paid_for(self, optimizer: Optimizer, index: int) -> bool:
         """Return True if the limit on the time of observing allows to observe a step.
@@ -72,8 +70,7 @@ class StepPolicy:
 
     def observing(self, seconds: float = 0.0) -> AbstractContextManager[None]:
         """Count the time within a ``with`` block, and `seconds` before it, as observing."""
-        self._clock.add(seconds)
-        return self._clock.observing()
+        return self._clock.observing(seconds)
 
     def seconds(self, optimizer: Optimizer, index: int) -> tuple[float, float]:
         """Return the time to observe the last observed step, and the mean time of a training step.

@@ -3,7 +3,7 @@
 The description is like that of a *recipe*, which says how weights and optimizer states are stored
 and stepped. A report can then find out which recipe another run had tried, and compare.
 
-Read `header` first; `monitor` comes next and asks for the description.
+Read `header` first; `run_header` comes next.
 """
 
 from __future__ import annotations

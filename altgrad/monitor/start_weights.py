@@ -6,7 +6,7 @@ start tells them apart: ``moved_since_start_frac/now``, where *now* stands for t
 
 With recipes, *twins* have this figure: samples of the layers that are stepped as recipes say.
 
-Read `twin_layers` first, which draws the sample; `monitor` comes next.
+Read `twin_layers` first, which draws the sample; `run_samples` comes next.
 """
 
 from __future__ import annotations

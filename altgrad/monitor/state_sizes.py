@@ -3,7 +3,7 @@
 The run file has these sizes, so that a report can say what the states would take if they were
 stored otherwise.
 
-Read `header` first, which describes layers; `monitor` comes next.
+Read `header` first, which describes layers; `run_header` comes next.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A twin stores a sample of each layer as a recipe says, and makes every step of t
 `altgrad.twins.twins` steps the twins and asks here which elements they have; `TwinSource` there
 documents each method.
 
-Read `layer_settings` and `scale_state` first; `monitor` comes next.
+Read `measured_layers` and `scale_state` first; `run_samples` comes next.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from altgrad.distributed.peers import Alone, Peers
+from altgrad.distributed.peers import Alone
 from altgrad.monitor.elements import sample_elements
-from altgrad.monitor.layer_settings import LayerSettings
+from altgrad.monitor.measured_layers import MeasuredLayers
 from altgrad.monitor.scale_state import ScaleState
-from altgrad.observation.parameter_names import ParameterRegistry
+from altgrad.monitor.sharding import Sharding
 from altgrad.quantization.formats import Scaling
 from altgrad.recipes.recipe import Recipe
 from altgrad.twins.drawing import find_drawing
@@ -51,10 +51,9 @@ class TwinLayers(TwinSource):
     A twin is a sample of a layer that is stored and stepped as a recipe says.
 
     Args:
-        registry: The parameters by name.
-        settings: Settings of each layer.
+        layers: The layers that are measured.
         scale_state: The amax, largest finite magnitude, of each layer.
-        get_peers: Function that returns the ranks that share the parameters.
+        sharding: The ranks that share the parameters.
         warn: Function that is called with each notice for the user.
         warn_here: Function that is called with each notice that concerns this rank alone.
         most_elements: Largest number of sampled elements of a layer on all ranks together.
@@ -68,10 +67,9 @@ class TwinLayers(TwinSource):
 
     def __init__(
         self,
-        registry: ParameterRegistry,
-        settings: LayerSettings,
+        layers: MeasuredLayers,
         scale_state: ScaleState,
-        get_peers: Callable[[], Peers],
+        sharding: Sharding,
         warn: Callable[[str], None],
         *,
         warn_here: Callable[[str], None],
@@ -80,10 +78,10 @@ class TwinLayers(TwinSource):
     ) -> None:
         self.scaling = scale_state.scaling
         self.most_elements = most_elements
-        self._registry = registry
-        self._settings = settings
+        self._registry = layers.registry
+        self._settings = layers.settings
         self._scale_state = scale_state
-        self._get_peers = get_peers
+        self._sharding = sharding
         self._warn = warn
         self._warn_here = warn_here
         self._warns_about_omissions = warns_about_omissions
@@ -95,21 +93,21 @@ class TwinLayers(TwinSource):
     @property
     def seed(self) -> int:
         # Each rank rounds other elements, by random numbers of its own.
-        return self._settings.seed + (self._get_peers().rank << 32)
+        return self._settings.seed + (self._sharding.peers.rank << 32)
 
     @property
     def is_shared(self) -> bool:
-        return not isinstance(self._get_peers(), Alone)
+        return not isinstance(self._sharding.peers, Alone)
 
     def is_ready(self, name: str, parameter: Tensor) -> bool:
-        is_known = name in self._get_peers().known({name: parameter})
+        is_known = name in self._sharding.peers.known({name: parameter})
         return is_known and self._scale_state.has_amax(name, parameter)
 
     def tears(self, name: str, block: int) -> bool:
-        return self._get_peers().tears(name, block)
+        return self._sharding.peers.tears(name, block)
 
     def find_part(self, name: str, indices: Tensor | None) -> tuple[Tensor, Tensor]:
-        part = self._get_peers().part(name, indices)
+        part = self._sharding.peers.part(name, indices)
         assert part.indices is not None, "of a layer that ranks share"
         if part.local is None:  # all elements of the shard
             return part.indices, torch.arange(len(part.indices), device="cpu")
@@ -133,7 +131,7 @@ class TwinLayers(TwinSource):
 
     def find_amaxes(self, name: str, indices: Tensor) -> Tensor:
         parameter = self._registry.parameters[name]
-        self._scale_state.ensure_amax({name: parameter}, self._get_peers())
+        self._scale_state.ensure_amax({name: parameter}, self._sharding.peers)
         groups = self._scale_state.amaxes(name).groups
         if len(groups) > 1:
             groups = groups[indices // (parameter.numel() // len(groups))]

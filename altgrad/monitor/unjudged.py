@@ -4,28 +4,29 @@ Updates can be judged for a format only if the weights are stored finer than the
 the updates that the format would lose are lost before they can be measured. `UpdateMonitor.attach`
 calls `leave_out_unjudged`.
 
-Read `layer_settings` first.
+Read `measured_layers` first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from altgrad.monitor.layer_settings import LayerSettings
-from altgrad.monitor.watch import Watch
+from altgrad.monitor.measured_layers import MeasuredLayers
 from altgrad.quantization.arguments import INPUT_DTYPES
 from altgrad.quantization.float_format import FloatFormat
 from altgrad.quantization.format_set import FormatSet
 
 
 def leave_out_unjudged(
-    watch: Watch,
-    settings: LayerSettings,
+    layers: MeasuredLayers,
+    formats: FormatSet,
     stored: Mapping[Tensor, FloatFormat],
-    own_figures: Sequence[str],
+    *,
+    has_recipes: bool,
 ) -> Iterator[str]:
     """Leave out formats whose loss of updates cannot be measured, and yield notices about it.
 
@@ -36,24 +37,33 @@ def leave_out_unjudged(
     is not finer than a format are NaN by themselves.
 
     Args:
-        watch: The parameters and formats.
-        settings: Settings of each layer; formats are removed from them.
+        layers: The layers that are measured; formats are removed from their settings.
+        formats: The formats for which figures (values of metrics) are computed.
         stored: The format in which a `WeightStorage` stores a parameter, by parameter.
-        own_figures: Figures of the training itself that tell what it loses.
+        has_recipes: True if recipes are tried out on samples of the layers.
 
     Returns:
         An iterator over notices for the user.
     """
-    remedy = f"read {' and '.join(own_figures)}"
-    for name, parameter in watch.parameters.items():
+    settings, parameters = layers.settings, layers.registry.parameters
+    figures = _list_own_figures(settings, has_recipes=has_recipes)
+    remedy = f"read {' and '.join(figures)}"
+    for name, parameter in parameters.items():
         if (element := stored.get(parameter)) is not None:
-            yield from _leave_out_formats(name, element, watch.formats, settings, remedy)
+            yield from _leave_out_formats(name, element, formats, settings, remedy)
     # Parameters that are not trained, such as those of integers, need no notice.
-    trained = {name: p.dtype for name, p in watch.parameters.items() if p.requires_grad}
+    trained = {name: p.dtype for name, p in parameters.items() if p.requires_grad}
     if others := [name for name, dtype in trained.items() if dtype not in INPUT_DTYPES]:
         yield f"leaves out parameters of other dtypes: {others}"
     for dtype in sorted({*trained.values()} & {*INPUT_DTYPES}, key=str):
-        yield from _hidden_in(dtype, watch.formats, remedy)
+        yield from _hidden_in(dtype, formats, remedy)
+
+
+def _list_own_figures(settings: LayerSettings, *, has_recipes: bool) -> list[str]:
+    """Return the figures that tell what a run in 16 bits loses, as far as it has them."""
+    if not any(each.twin_elements for each in settings.by_name.values()):
+        return ["unmoved_frac"]
+    return ["moved_since_start_frac/now", *(["progress_kept/now"] if has_recipes else [])]
 
 
 def _leave_out_formats(

@@ -10,9 +10,10 @@ the one to read next:
     `generators`, `isolation`, `factory`, `flat_state`, `packed_state`,
     `optimizer_twin`.
 3. What the run does: `twin_source`, `drawing`, `layer_plan`, `lane_sorter`, `run_weights`,
-    `run_states`, `gradient_sums`, `micro_gradients`, `run_average`, `batch_norm`, `average_sample`,
-    `average_followers`, `statistic_follower`, `lane_averages`, `fused_sgd`, `stored_layers`.
-4. All twins: `lane_twins`, `lane`, `twin_state`, `lane_pieces`, `rank_states`,
+    `run_states`, `outside_changes`, `sampled_gradients`, `gradient_sums`, `micro_gradients`,
+    `run_average`, `batch_norm`, `average_sample`, `average_followers`, `statistic_follower`,
+    `lane_averages`, `fused_sgd`, `stored_layers`.
+4. All twins: `lane_twins`, `lane_sums`, `lane`, `twin_state`, `lane_pieces`, `rank_states`,
     `optimizer_run`, `loaded_lanes`, `twin_checks`, `twins`.
 
 Read `altgrad.recipes` first.

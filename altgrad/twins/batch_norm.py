@@ -56,6 +56,11 @@ class BatchStatistic:
             if isinstance(each, _BatchNorm) and each.weight in names
         }
 
+    @property
+    def has_modules(self) -> bool:
+        """True if the training has a BatchNorm module with a weight."""
+        return bool(self._modules)
+
     def find_modules(self) -> Mapping[str, _BatchNorm]:
         """Return the BatchNorm modules that keep the statistic, by name of their weight's layer."""
         return {

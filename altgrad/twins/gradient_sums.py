@@ -8,7 +8,7 @@ own. They are kept here, beside the sum that the training itself has at the same
 The training changes its sum before the step: it divides by a loss scale, clips, or averages over
 ranks. `follow_changes` does the same to the sum of a twin.
 
-Read `run_states` first; `micro_gradients` comes next, and calls both.
+Read `sampled_gradients` first; `micro_gradients` comes next, and calls both.
 """
 
 from __future__ import annotations

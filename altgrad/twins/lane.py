@@ -10,8 +10,8 @@ At each step, a lane gathers the sampled gradients once and steps each twin with
 observed step, one whose figures are recorded, it compares the reference twin with the run, and the
 others with the baseline.
 
-Read `lane_twins` first, and `layer_plan` and `run_weights`, which do the work; `twin_state` comes
-next.
+Read `lane_sums` first, and `layer_plan` and `outside_changes`, which do the work; `twin_state`
+comes next.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,73 +27,26 @@ from torch.optim import Optimizer
 
 from altgrad.measurement.catalogue import NOW
 from altgrad.measurement.numbers import Numbers
-from altgrad.measurement.ratio_bins import count_ratios
-from altgrad.measurement.twin_sums import (
-    TwinColumns,
-    TwinStack,
-    find_state_ratios,
-    measure_alone,
-    measure_twins,
-)
-from altgrad.observation.dtensor import to_local_tensor
-from altgrad.quantization.devices import gather_all, move_to_exact_device
+from altgrad.measurement.twin_sums import TwinStack
 from altgrad.recipes.recipe import Recipe
 from altgrad.twins.batch_norm import BatchStatistic
 from altgrad.twins.element_scales import ElementScales
 from altgrad.twins.fused_sgd import describe_fused_sgd
 from altgrad.twins.hyperparameters import Changes
 from altgrad.twins.lane_averages import LaneAverages
+from altgrad.twins.lane_sums import LaneSums, compare_twins
 from altgrad.twins.lane_twins import LaneTwins, describe_failure
 from altgrad.twins.layer_plan import LaneKind, LayerPlan, SampledNow, Stepped
 from altgrad.twins.micro_gradients import MicroGradients
-from altgrad.twins.optimizer_twin import Gradients, OptimizerTwin
+from altgrad.twins.outside_changes import OutsideChanges
 from altgrad.twins.run_average import RunAverage
-from altgrad.twins.run_states import RunStates, gather_states
+from altgrad.twins.run_states import find_whole_states, gather_states
 from altgrad.twins.run_weights import RunWeights, make_mask
-from altgrad.twins.sample import Sampled
+from altgrad.twins.sampled_gradients import SampledGradients
 from altgrad.twins.self_check import COUNTS
 from altgrad.twins.stored_layers import find_spacings
 from altgrad.twins.twin import Arrangement
 from altgrad.twins.twin_source import TwinSource
-
-
-class LaneSums(NamedTuple):
-    """The measurements of a `Lane` after a step whose figures are recorded, on the device.
-
-    A lane has a *twin* for each recipe: a sample of each layer, stepped as the recipe says.
-
-    Attributes:
-        layers: Names of the layers.
-        recipes: Names of the recipes.
-        states: Names of the optimizer states that are compared.
-        values: Sums and medians that compare each twin with one in float32, as
-            `altgrad.measurement.twin_sums` says, float64 (layers, recipes, columns).
-        counts: The counts by which the sample and the training differ,
-            `altgrad.twins.self_check.COUNTS`, and the first four of them again for each average of
-            the weights, float64 (layers, counts).
-        sizes: Number of sampled elements of each layer.
-        populations: Number of elements of each layer.
-        blocks: Number of blocks in which the sample of each layer was drawn; 0 if single elements
-            were drawn.
-        bins: The ratios of each state to that in float32 in bins, float64 (layers, recipes, states,
-            numbers). None if no other rank has a part of the samples.
-    """
-
-    layers: tuple[str, ...]
-    recipes: tuple[str, ...]
-    states: tuple[str, ...]
-    values: Tensor
-    counts: Tensor
-    sizes: tuple[int, ...]
-    populations: tuple[int, ...]
-    blocks: tuple[int, ...]
-    bins: Tensor | None = None
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The measurements that go to the host: `values`, `counts`, and `bins` if there are any."""
-        each = self.values, self.counts
-        return each if self.bins is None else (*each, self.bins)
 
 
 class Lane:
@@ -136,25 +89,17 @@ class Lane:
         self._scales = ElementScales(source.scaling, source.find_amaxes)
         self._plan = LayerPlan(kind, source)
         self._run = RunWeights(kind)
-        self._states = RunStates()
+        self._changes = OutsideChanges(self._plan, self._run)
+        self._gradients = SampledGradients(kind)
         self._averages = LaneAverages(kind, averages, source.warn)
         self._twins = LaneTwins(kind, recipes, self._scales, source.seed, source.warn)
         self.rounds_itself = self.has_new_states = False
         self._shows_run = shows_run and kind.is_low
         self._is_checked = False  # in the running step
         self._counts = torch.zeros((0, len(COUNTS)), dtype=torch.float64, device=kind.device)
-        self._suspicions = 0  # checks after which a write was suspected that torch did not count
         self._has_new_layers = False  # since the last step
         self._late: Changes = {}  # changes of hyperparameters while the run last stepped
-        # Layers whose weights, and whose states, were written to before the checkpoint.
-        self._loaded_writes: tuple[Collection[str], Collection[str]] = (), ()
         self._stepped: Sequence[Stepped] = ()
-        self._present: list[bool] = []  # by bucket: True with a gradient in this step
-        self._gradients = torch.zeros(0, dtype=kind.gradient_dtype, device=kind.device)
-        self._gradients_now = Gradients(self._gradients, ())
-        # Layers with a gradient: their samples, the elements on the device of the layer, and where
-        # the sampled gradients go.
-        self._takes: list[tuple[str, Sampled, Tensor, Tensor]] = []
 
     @property
     def recipes(self) -> frozenset[str]:
@@ -247,20 +192,15 @@ class Lane:
                 them up themselves; None if there is no such recipe.
         """
         self._is_checked = is_checked
-        written, changed = self._find_writes(optimizer, stepped)
+        written, changed = self._changes.find(optimizer, stepped, self._twins.reference)
         if stepped is not self._stepped or changed:
             self._follow_averages()  # while each layer is where it was
             written.update(self._arrange(optimizer, stepped, changed))
             self._stepped = stepped
-        self._loaded_writes = (), ()
-        gradients = [layer.gradient for _, layer, _, _ in self._takes]
-        gather_all(gradients, [each[2] for each in self._takes], [each[3] for each in self._takes])
-        self._gradients_now = Gradients(
-            self._gradients,
-            self._present,
-            *_read_scaler(optimizer),
-            {} if micro is None else self._take_sums(micro),
-        )
+        self._changes.forget_loaded()
+        self._gradients.gather(optimizer)
+        if micro is not None:
+            self._take_sums(micro)
         if written or is_checked or self._run.is_watching:
             reference = self._twins.reference.tensors
             outside = self._run.find_changed(reference, written, is_checkable=is_checkable)
@@ -277,8 +217,8 @@ class Lane:
         self._averages.follow(twins.reference, twins.fp32, twins.all)
         self._averages.drop_ended(twins.all)
 
-    def _take_sums(self, micro: MicroGradients) -> Mapping[str, Tensor]:
-        """Return the gradients that recipes with `accumulate` have added up in their own formats.
+    def _take_sums(self, micro: MicroGradients) -> None:
+        """Take the gradients that recipes with `accumulate` have added up in their own formats.
 
         Each recipe has a *twin*, a sample of the layers that is stored and stepped as the recipe
         says. After an error, the twins of these recipes end with a notice.
@@ -286,51 +226,19 @@ class Lane:
         Args:
             micro: The sums of the gradients of single backward passes.
 
-        Returns:
-            Sampled gradients by name of the recipe, float32 or float64 (elements); none after an
-            error.
-
         Raises:
             Warning: The user made warnings errors.
         """
-        present = [name for name, *_ in self._takes]
+        gradients, layout = self._gradients, self._plan.layout
         try:
-            return micro.take_sums(self._plan.layout, self._gradients, present, self._run)
+            sums = micro.take_sums(layout, gradients.now.values, gradients.names, self._run)
         except Warning:  # the user made warnings errors
             raise
         except Exception as error:  # noqa: BLE001 - ends a part of the twins, and never training
             for recipe in self.summing:
                 self._twins.end(recipe.name, error)
-            return {}
-
-    def _find_writes(
-        self, optimizer: Optimizer, stepped: Sequence[Stepped]
-    ) -> tuple[set[str], set[str]]:
-        """Return names of layers to which something besides the optimizer has written.
-
-        The first set has those whose weights, the second those whose optimizer states were written
-        to since the last step. After a resume, that is the last step before the checkpoint.
-        """
-        written, changed = self._loaded_writes
-        other_weights, other_states = self._plan.restore(optimizer, stepped)
-        moved = self._states.find_changed(optimizer, stepped)
-        # States that only went to another device and back, or were loaded again, are as before.
-        moved -= {name for name in moved if self._has_state(optimizer, name)}
-        return (
-            {*written, *other_weights, *self._run.find_written()},
-            {*changed, *other_states, *moved},
-        )
-
-    def _has_state(self, optimizer: Optimizer, name: str) -> bool:
-        """Return True if a layer's optimizer state in the training equals the reference twin's.
-
-        That twin is a sample of the layers that is stepped as the training is.
-        """
-        layer = self._plan.layers.get(name)
-        reference = self._twins.reference
-        if layer is None or not isinstance(reference, OptimizerTwin):
-            return False
-        return reference.has_state(name, layer.read_state(optimizer), layer)
+        else:
+            gradients.now = gradients.now._replace(sums=sums)
 
     def _arrange(
         self,
@@ -362,18 +270,7 @@ class Lane:
         kind = self._kind
         if notice := describe_fused_sgd(optimizer, recipes, kind.dtype, kind.device):
             self._warn(notice)
-        self._present = self._plan.find_present(names)
-        self._gradients.zero_()  # those of layers that have none in this step
-        places, layers = self._plan.layout.places, self._plan.layers
-        self._takes = [
-            (
-                *(each.name, layers[each.name]),
-                layers[each.name].places.to(each.parameter.device),
-                self._gradients[places[each.name]],
-            )
-            for each in present
-            if each.name in places
-        ]
+        self._gradients.arrange(self._plan, present)
         return replaced
 
     def _rearrange(self, optimizer: Optimizer) -> list[str]:
@@ -384,7 +281,6 @@ class Lane:
         """
         layers, layout = self._plan.layers, self._plan.layout
         self._has_new_layers = True
-        self._gradients = self._gradients.new_zeros(layout.length)
         replaced = self._run.rearrange(layers, layout, self._plan.begun)
         self._scales.read(layout, layers, self._kind.device, self._plan.renewed)
         self._twins.rearrange(self._describe_run(optimizer))
@@ -427,24 +323,24 @@ class Lane:
         self.rounds_itself |= draws
         reference = self._twins.reference.tensors
         moved = reference.moved_in_window.clone() if self._records_run else None
+        now = self._gradients.now
         if self.follows_updates:
             self._twins.follow(self._run.gather())
             if self._shows_run:
-                self._run.note_gradients(self._gradients, self._gradients_now.found_inf)
+                self._run.note_gradients(now.values, now.found_inf)
         else:
             with self._following_updates_after_an_error(optimizer):
                 if has_new_layers := self._has_new_layers:
                     self._read_states(optimizer, self._scales.find_unread())
                     self._has_new_layers = False
-                self._twins.step(self._gradients_now, own, by_factory)
+                self._twins.step(now, own, by_factory)
                 self.has_new_states |= has_new_layers
         self._compare_with_run(optimizer)
         # Between two steps, a write would otherwise be taken for a part of the next step.
         self._run.is_watching |= self._records_run
-        self._run.remember_writes()
+        self._changes.remember(optimizer, self._stepped)
         if moved is not None and self._records_run:
             reference.replace_step(self._run.values, moved)
-        self._states.remember(optimizer, self._stepped)
 
     def _compare_with_run(self, optimizer: Optimizer) -> None:
         """Count how the reference twin differs from the training, if this step is checked.
@@ -490,13 +386,8 @@ class Lane:
         wanted = {name for recipe in recipes for name in recipe.state_formats}
         if not wanted:
             return
-        states: dict[str, dict[str, Tensor]] = {}
-        for name in names:
-            layer = self._plan.layers[name]
-            for key, state in layer.read_state(optimizer).items():
-                is_whole = isinstance(state, Tensor) and state.shape == layer.weights.shape
-                if is_whole and state.is_floating_point() and not wanted.isdisjoint((key, "*")):
-                    states.setdefault(key, {})[name] = state
+        layers = {name: self._plan.layers[name] for name in names}
+        states = find_whole_states(optimizer, layers, wanted)
         for key, name, average in self._averages.iterate_whole():
             if name in names and not wanted.isdisjoint((key, "*")):
                 states.setdefault(key, {})[name] = average.detach()
@@ -524,8 +415,13 @@ class Lane:
         counts = torch.cat([self.take_counts(), *checks], dim=1)
         stacks = {NOW: self._stack_run(optimizer)} if self._shows_run else {}
         stacks |= self._twins.stack(rows)
-        states, values = self._measure(stacks)
-        bins = self._count_ratios(stacks, states)
+        states, values, bins = compare_twins(
+            self._run,
+            self._twins.fp32.stack(rows),
+            stacks,
+            is_alone=self.follows_updates and self._kind.is_low,
+            most_elements=self._source.most_elements if self._source.is_shared else None,
+        )
         is_shown = self._find_shown(shown)
         self._run.begin_window(is_shown)
         self._twins.begin_window(is_shown)
@@ -553,29 +449,6 @@ class Lane:
             return reference.tensors.stack(self._run.rows, {**reference.averages, **states})
         return self._twins.reference.stack(self._run.rows)
 
-    def _measure(self, stacks: Mapping[str, TwinStack]) -> tuple[tuple[str, ...], Tensor]:
-        """Return the sums by which twins differ from one in float32, from which figures follow.
-
-        A *twin* is a sample of the layers that is stepped and stored as a recipe says.
-
-        Args:
-            stacks: The weights and states of the twins, by name of the recipe.
-
-        Returns:
-            Names of the optimizer states that are compared, and sums and medians as
-            `altgrad.measurement.twin_sums` says, float64 (layers, recipes, columns).
-        """
-        rows, mask, blocks = self._run.rows, self._run.mask, self._run.blocks
-        if self.follows_updates and self._kind.is_low:  # the run alone is left
-            if NOW not in stacks:
-                empty = (len(mask), 0, len(TwinColumns()))
-                return (), torch.zeros(empty, dtype=torch.float64, device=mask.device)
-            has_gradient = self._run.has_gradient[rows]
-            return (), measure_alone(mask, stacks[NOW], has_gradient, blocks=blocks)
-        baseline = self._twins.fp32.stack(rows)
-        states = tuple(baseline.states)
-        return states, measure_twins(mask, baseline, [*stacks.values()], states, blocks=blocks)
-
     def read_averages(self, counts: Numbers) -> None:
         """Correct or end the averages of weights that differ from the training's own.
 
@@ -588,23 +461,6 @@ class Lane:
                 (layers, 4 · averages), which `measure` appends to the counts of the weights.
         """
         self._averages.read(self._twins.reference, self.names, counts)
-
-    def _count_ratios(
-        self, stacks: Mapping[str, TwinStack], states: Sequence[str]
-    ) -> Tensor | None:
-        """Return how many ratios of optimizer states to those in float32 fall in each bin.
-
-        `LaneSums.bins` describes the result; it is None if the ranks do not share the layers.
-
-        Args:
-            stacks: The twins, samples that are stepped as recipes say, by name of the recipe.
-            states: Names of the states.
-        """
-        if not self._source.is_shared:
-            return None
-        baseline, twins = self._twins.fp32.stack(self._run.rows), [*stacks.values()]
-        ratios = find_state_ratios(self._run.mask, baseline, twins, states)
-        return count_ratios(ratios, self._source.most_elements)
 
     def find_missing(self) -> dict[str, Collection[str]]:
         """Return for each recipe the layers with elements on this rank that no twin steps.
@@ -629,28 +485,21 @@ class Lane:
         """
         flags = make_mask([name in names for name in self.names], self._kind.device)
         shown = flags[self._run.layer_rows]
-        found_inf = self._gradients_now.found_inf
+        found_inf = self._gradients.now.found_inf
         return shown if found_inf is None else shown & (found_inf == 0)
 
     # --- endings
 
-    def watch_writes(self, *, is_suspected: bool, are_found: bool) -> None:
-        """Start or stop watching weights for writes that torch does not count, after a check.
-
-        Watched weights are gathered after each step and compared before the next. The first
-        suspicion begins a watch that ends at a check with no write found. The second one begins a
-        watch for good.
+    def note_check(self, *, is_suspected: bool, are_found: bool) -> None:
+        """Start or stop watching weights for writes that torch does not count, after a self-check.
 
         Args:
             is_suspected: True if the reference twin, which steps as the training does, differed
                 from it before the step without a write that torch had counted.
             are_found: True if twins took over any weights of the training since the check before.
         """
-        self._suspicions += is_suspected
-        if is_suspected:
-            self._run.is_watching = True
-        elif not are_found and self._suspicions < 2 and not self._records_run:
-            self._run.is_watching = False
+        can_rest = not are_found and not self._records_run
+        self._changes.note_check(is_suspected=is_suspected, can_rest=can_rest)
 
     def end_probe(self) -> bool:
         """Return False if the training's optimizer turns out to be unable to run on a sample.
@@ -690,7 +539,8 @@ class Lane:
             return
         self._run.gather()
         if self._shows_run and not is_measured:
-            self._run.note_gradients(self._gradients, self._gradients_now.found_inf)
+            now = self._gradients.now
+            self._run.note_gradients(now.values, now.found_inf)
         # Last: where warnings are errors, all must be ready for the next step.
         self._twins.follow_updates(self._describe_run(optimizer), reason, is_measured=is_measured)
 
@@ -726,7 +576,7 @@ class Lane:
     def nbytes(self) -> int:
         """Return the memory of the lane in bytes: samples, gradients and twins."""
         indices = sum(each.indices.nbytes for each in self._plan.layers.values())
-        own = self._gradients.nbytes + self._run.nbytes()
+        own = self._gradients.now.values.nbytes + self._run.nbytes()
         return indices + own + self._twins.nbytes()
 
     def state_dict(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -739,16 +589,14 @@ class Lane:
             A dict of plain data and tensors: samples, twins, the amaxes from which scales follow,
             and names of layers that something besides the optimizer has written to.
         """
-        written, changed = self._find_writes(optimizer, self._stepped)
+        changes = self._changes.state_dict(optimizer, self._stepped, self._twins.reference)
         self._follow_averages()
         return {
             **self._plan.state_dict(optimizer),
             "recipes": sorted(self.recipes),
             "rounds_itself": self.rounds_itself,
             "late": copy.deepcopy(self._late),
-            "written": sorted(written),
-            "changed": sorted(changed),
-            "suspicions": self._suspicions,
+            **changes,
             "run": self._run.state_dict(),
             "state_amaxes": self._scales.state_dict(),
             "averages": self._averages.state_dict(),
@@ -778,10 +626,9 @@ class Lane:
         Args:
             state: A result of `state_dict` whose recipes include those of this lane.
         """
-        self._loaded_writes = state["written"], state["changed"]
+        self._changes.load_state_dict(state)
         self._late = copy.deepcopy(state["late"])
         self.rounds_itself = state["rounds_itself"]
-        self._suspicions = state["suspicions"]
         self._plan.load_state_dict(state)
         self._scales.load_state_dict(state["state_amaxes"])
         self._averages.load_state_dict(state["averages"])
@@ -797,14 +644,3 @@ def _join(earlier: Changes, later: Changes) -> Changes:
         number: {**earlier.get(number, {}), **later.get(number, {})}
         for number in (*earlier, *later)
     }
-
-
-def _read_scaler(optimizer: Optimizer) -> tuple[Tensor | None, Tensor | None]:
-    """Return the scale and the flag of a GradScaler, where samples are stepped; None without it."""
-    # GradScaler sets these attributes on fused optimizers: torch/amp/grad_scaler.py, step.
-    given = [
-        to_local_tensor(getattr(optimizer, each, None)) for each in ("grad_scale", "found_inf")
-    ]
-    moved = iter(move_to_exact_device([each for each in given if each is not None]))
-    scale, found_inf = (None if each is None else next(moved) for each in given)
-    return scale, found_inf

@@ -11,7 +11,7 @@ Where the run rounds by itself, a reference twin of an unsuitable optimizer may 
 doubled. If an element that was not doubled steps otherwise than in the baseline, the optimizer
 looks at whole tensors, and cannot run on a sample.
 
-Read `stored_layers` first; `lane` comes next.
+Read `stored_layers` first; `lane_sums` comes next.
 """
 
 from __future__ import annotations

@@ -5,12 +5,12 @@ states of the *run's* optimizer, that of the training, between two steps. Twins,
 with states of their own, then take these states over. Only identities of tensors and the numbers of
 writes that torch counts are compared, so that an ordinary step costs no operation.
 
-Read `run_weights` first; `gradient_sums` comes next.
+Read `run_weights` first; `outside_changes` comes next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -125,6 +125,28 @@ def gather_states(
                 flat = states.setdefault(key, torch.zeros_like(weights, dtype=dtype))
                 taken = gather(value, layer.places.to(value.device))
                 flat[place] = taken.to(flat.device).to(flat.dtype)
+    return states
+
+
+def find_whole_states(
+    optimizer: Optimizer, layers: Mapping[str, Sampled], wanted: Collection[str]
+) -> dict[str, dict[str, Tensor]]:
+    """Return the floating-point optimizer states that have the shape of their layer, whole.
+
+    Args:
+        optimizer: The training's optimizer.
+        layers: The layers by name.
+        wanted: Names of states; ``"*"`` stands for all.
+
+    Returns:
+        By name of the state, the state of each layer by name.
+    """
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, layer in layers.items():
+        for key, state in layer.read_state(optimizer).items():
+            is_whole = isinstance(state, Tensor) and state.shape == layer.weights.shape
+            if is_whole and state.is_floating_point() and not {key, "*"}.isdisjoint(wanted):
+                states.setdefault(key, {})[name] = state
     return states
 
 

@@ -85,6 +85,7 @@ class Twin:
         self.averages: dict[str, Tensor] = {}
         self._format = recipe.weights_format
         self._scales = scales
+        self._weight_scaling = None if self._format is None else scales.applied(self._format)
         # A hash, since each recipe rounds by random numbers of its own.
         digest = sha256(f"{seed} {recipe.name}".encode()).digest()
         self._seed = int.from_bytes(digest[:4], "big")
@@ -175,8 +176,7 @@ class Twin:
         They are taken from the training's layers again when next needed. Amaxes of blocks stay,
         because they are the twin's own.
         """
-        format = self._format
-        if format is not None and not isinstance(self._scales.applied(format), tuple):
+        if not isinstance(self._weight_scaling, tuple):
             self._amaxes = None
 
     def stack(self, rows: Tensor) -> TwinStack:
@@ -254,7 +254,7 @@ class Twin:
         if format is None:
             return
         scale = None
-        if self._scales.applied(format) is not None:
+        if self._weight_scaling is not None:
             wanted = weights if lost is None else weights + lost.to(weights.dtype)
             if self._amaxes is None:
                 self._amaxes = self._scales.start_amaxes(format, weights)

@@ -88,7 +88,7 @@ class TwinChecks:
         lane = run.lanes[kind]
         times = zip(names, counts[:, 4].astype(int).tolist(), strict=True)
         self.resynchronised.update({name: count for name, count in times if count})
-        lane.watch_writes(is_suspected=bool(counts[:, 5].any()), are_found=bool(counts[:, 4].any()))
+        lane.note_check(is_suspected=bool(counts[:, 5].any()), are_found=bool(counts[:, 4].any()))
         if lane.follows_updates:
             return
         is_first = run.is_first_check(kind, has_moved=bool(counts[:, 2].any()))

@@ -30,8 +30,9 @@ from altgrad.recipes.recipe import Recipe
 from altgrad.recipes.rounding_generators import RoundingGenerators
 from altgrad.twins.batch_norm import BatchStatistic
 from altgrad.twins.drawing import Drawing, find_drawing, rank_drawing
-from altgrad.twins.lane import Lane, LaneSums
+from altgrad.twins.lane import Lane
 from altgrad.twins.lane_sorter import LaneSorter
+from altgrad.twins.lane_sums import LaneSums
 from altgrad.twins.layer_plan import LaneKind, Stepped
 from altgrad.twins.loaded_lanes import LoadedLanes
 from altgrad.twins.micro_gradients import MicroGradients

@@ -42,7 +42,7 @@ def test_an_internal_error_warns_once_and_training_goes_on(
         "altgrad.measurement.measurer.Measurer.measure_batch",
         "altgrad.monitor.engine.Engine.scales_changed",
         "altgrad.observation.snapshots.Snapshots.take",
-        "altgrad.monitor.monitor.step_record",
+        "altgrad.monitor.recorder.step_record",
         "altgrad.output.charts.Charts.add",
     ],
 )

@@ -23,6 +23,7 @@ from altgrad.monitor.elements import sample_elements
 from altgrad.monitor.engine import Engine
 from altgrad.monitor.layer_settings import LayerSettings
 from altgrad.monitor.scale_state import ScaleState
+from altgrad.monitor.sharding import Sharding
 from altgrad.observation import OptimizerStep, StepOutcome
 from altgrad.observation.snapshots import Copies, Request
 from altgrad.quantization.format_set import FormatSet
@@ -65,7 +66,10 @@ class Run:
         )
         self.scale_state = ScaleState(measurer.formats)
         self.ever_moved = EverMovedStore(pytest.fail)
-        self.engine = Engine(measurer, self.settings, self.scale_state, self.ever_moved)
+        self.sharding = Sharding()
+        self.engine = Engine(
+            measurer, self.settings, self.scale_state, self.ever_moved, self.sharding
+        )
         self.alone: list[int] = []  # number of elements of each layer measured alone
         self.together: list[int] = []  # number of layers of each call
         self._laid_out: dict[Optimizer, dict[str, tuple[Request, Copies | None]]] = {}
@@ -76,10 +80,10 @@ class Run:
     def lay_out(self, optimizer: Optimizer, **parts: Step) -> dict[str, Copies | None]:
         """Request memory for all layers of an optimizer, as snapshots do."""
         requests = [
-            Request(name, before, gradient.dtype, self.engine.choose_elements(name, before, ALONE))
+            Request(name, before, gradient.dtype, self.engine.choose_elements(name, before))
             for name, (before, _, gradient) in parts.items()
         ]
-        given = self.engine.lay_out(optimizer, requests, ALONE)
+        given = self.engine.assign_memory(optimizer)(requests)
         pairs = zip(requests, given, strict=True)
         self._laid_out[optimizer] = {each.name: (each, copies) for each, copies in pairs}
         return {name: copies for name, (_, copies) in self._laid_out[optimizer].items()}
@@ -178,7 +182,7 @@ def test_layers_with_a_dtype_that_is_not_measured_are_left_out() -> None:
     record = run.step(run.optimizer(), **parts)
     assert set(record.layers) == {"w"}
     assert (run.together, run.alone) == ([1], [])
-    assert run.engine.choose_elements("large", parts["large"][0], ALONE) is None
+    assert run.engine.choose_elements("large", parts["large"][0]) is None
     assert run.step(run.optimizer(), waves=parts["waves"]) is None
 
 
@@ -377,8 +381,8 @@ def test_found_inf_is_reported_when_no_layer_can_be_measured(inf: float) -> None
 
 def test_small_layers_are_copied_whole_and_large_layers_are_sampled() -> None:
     run = Run("small", "large", max_elements=100)
-    assert run.engine.choose_elements("small", torch.ones(2048), ALONE) is None
-    chosen = run.engine.choose_elements("large", torch.ones(2049), ALONE)
+    assert run.engine.choose_elements("small", torch.ones(2048)) is None
+    chosen = run.engine.choose_elements("large", torch.ones(2049))
     assert torch.equal(chosen, sample_elements("large", (2049,), 100))
     assert len(chosen) == 100
 
@@ -386,7 +390,7 @@ def test_small_layers_are_copied_whole_and_large_layers_are_sampled() -> None:
 def test_disabled_layers_are_not_copied() -> None:
     run = Run("a", "b", max_elements=100)
     run.settings.leave_out(["a"])
-    assert run.engine.choose_elements("a", torch.ones(9), ALONE).tolist() == []
+    assert run.engine.choose_elements("a", torch.ones(9)).tolist() == []
     assert run.lay_out(run.optimizer(), a=part(9))["a"] is None
 
 
@@ -396,10 +400,11 @@ def test_a_sharded_layer_is_a_sample_of_the_whole_layer() -> None:
             return Part(torch.tensor([4, 6, 7]), torch.tensor([0, 2, 3]), torch.tensor([1, 2, 3]))
 
     run, step, optimizer = Run("w", scaling="channel"), part(3, 3), Run("w").optimizer()
-    chosen = run.engine.choose_elements("w", step[0], Shared())
+    run.sharding.peers = Shared()
+    chosen = run.engine.choose_elements("w", step[0])
     assert chosen.tolist() == [0, 2, 3]
     requests = [Request("w", step[0], step[2].dtype, chosen)]
-    (copies,) = run.engine.lay_out(optimizer, requests, Shared())
+    (copies,) = run.engine.assign_memory(optimizer)(requests)
     here = [each.flatten()[[4, 6, 7]] for each in step]
     for memory, each in zip(copies, (here[0], here[2], here[1]), strict=True):
         memory.copy_(each)

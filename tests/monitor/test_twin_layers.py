@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from altgrad.distributed.peers import Alone
 from altgrad.monitor.layer_settings import LayerSettings
+from altgrad.monitor.measured_layers import MeasuredLayers
 from altgrad.monitor.scale_state import ScaleState
+from altgrad.monitor.sharding import Sharding
 from altgrad.monitor.twin_layers import TwinLayers, count_most_sampled
 from altgrad.observation.parameter_names import ParameterRegistry
 from altgrad.observation.rules import SamplingRule
@@ -25,7 +26,7 @@ class Layered:
     def __init__(self, *, scaling="tensor", is_named: bool = True) -> None:
         self.net = nn.ModuleDict({name: nn.Linear(32, 32, bias=False) for name in "abc"})
         self.notices: list[str] = []
-        self.peers = Alone()
+        self.sharding = Sharding()
         registry = ParameterRegistry(self.net)
         formats = FormatSet(FORMATS, scaling)
         rules = [
@@ -44,10 +45,9 @@ class Layered:
             twin_elements=256,
         )
         self.layers = TwinLayers(
-            registry,
-            settings,
+            MeasuredLayers(registry, settings),
             ScaleState(formats),
-            lambda: self.peers,
+            self.sharding,
             self.notices.append,
             warn_here=self.notices.append,
             most_elements=256,
@@ -102,7 +102,7 @@ def test_layers_of_a_single_process_are_ready_and_whole() -> None:
 def test_each_rank_has_random_numbers_of_its_own_and_the_same_samples() -> None:
     layered = Layered()
     seed, drawn = layered.layers.seed, layered.layers.draw("a.weight", torch.Size([32, 32]), 1)
-    layered.peers.rank = 1
+    layered.sharding.peers.rank = 1
     assert layered.layers.seed != seed
     assert torch.equal(layered.layers.draw("a.weight", torch.Size([32, 32]), 1), drawn)
 

@@ -1,6 +1,5 @@
 """`Watch`: layers, elements and settings that ranks compare."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from altgrad import SamplingRule
 from altgrad.distributed.twin_message import TwinPlan
 from altgrad.monitor.elements import sample_elements
 from altgrad.monitor.layer_settings import LayerSettings
+from altgrad.monitor.measured_layers import MeasuredLayers
 from altgrad.monitor.watch import Watch
 from altgrad.observation.parameter_names import ParameterRegistry
 from altgrad.quantization.format_set import FormatSet
@@ -36,11 +36,9 @@ def make_watch(model: nn.Module, **options: Any) -> tuple[Watch, list[str]]:
     own = {"every_n_steps": 1, "max_elements": 100, "seed": 0} | options
     names = [*registry.names.values()]
     settings = LayerSettings(names, rules, FORMATS, FORMATS.formats, **own)
-    return Watch(registry, settings, FORMATS, decides, said.append, TwinPlan()), said
-
-
-def decides() -> Mapping[str, Mapping[str, object]]:
-    return {"setting": {"seed": 0}, "state": {"steps": 7}}
+    layers = MeasuredLayers(registry, settings)
+    arguments, describe_state = {"seed": 0}, lambda: {"steps": 7}
+    return Watch(layers, FORMATS, arguments, describe_state, said.append, TwinPlan()), said
 
 
 def sgd(*parameters: nn.Parameter) -> torch.optim.Optimizer:
@@ -62,16 +60,6 @@ def test_measured_by_lists_enabled_layers_with_a_measured_dtype() -> None:
     assert watch.measured_by(sgd(*model.parameters(), stranger)) == ("first", "frozen", "last")
     assert watch.measured_by(sgd(model.last, model.first)) == ("last", "first")
     assert watch.measured_by(sgd(model.waves, model.quiet)) == ()
-
-
-def test_find_stepped_returns_layers_in_the_order_of_the_model() -> None:
-    model = Model()
-    watch, _ = make_watch(model)
-    one, two = sgd(model.last, model.waves), sgd(model.frozen, model.quiet, model.first)
-    assert [*watch.find_stepped([one, two])] == ["first", "frozen", "last"]
-    assert [*watch.find_stepped([one])] == ["last"]
-    assert watch.find_stepped([one])["last"] is model.last
-    assert watch.find_stepped([]) == {}
 
 
 def test_layers_added_to_the_module_are_found_when_stepped() -> None:
@@ -119,5 +107,4 @@ def test_layers_left_out_are_no_longer_measured_with_a_notice() -> None:
     watch.leave_out(["first", "frozen"], "leaves out first and frozen: not here")
     assert said == ["leaves out first and frozen: not here"]
     assert watch.measured_by(optimizer) == ("last",)
-    assert [*watch.find_stepped([optimizer])] == ["last"]
     assert watch.describe() != before

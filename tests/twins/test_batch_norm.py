@@ -103,6 +103,8 @@ def test_modules_without_weight_statistics_momentum_or_count_and_low_ones_are_le
     net["without count"].num_batches_tracked = None
     statistic = BatchStatistic("running_var", net, {p: n for n, p in net.named_parameters()})
     assert [*statistic.find_modules()] == ["plain.weight"]
+    assert statistic.has_modules
+    assert not BatchStatistic("running_mean", nn.Linear(2, 2), {}).has_modules
     assert statistic.find_tensors() == {"plain.weight": net["plain"].running_var}
 
 

@@ -1,4 +1,4 @@
-"""`UpdateMonitor`: every observed step passes the same calls, with or without an error."""
+"""`Recorder`: every observed step has one road, whether measured, skipped or failed."""
 
 import contextlib
 import re
@@ -15,7 +15,9 @@ from torch.amp import GradScaler
 from altgrad import StepRecord, UpdateMonitor
 from altgrad.distributed.peers import Alone, StepSums
 from altgrad.measurement.measurer import Measurer
+from altgrad.monitor.arena import Arena
 from altgrad.monitor.engine import Engine
+from altgrad.monitor.layer_settings import LayerSettings
 from altgrad.observation import StepOutcome
 from tests.monitor.watching import FORMATS
 
@@ -83,8 +85,8 @@ CASES = {
     "inf": Case(found_inf=1.0, skipped="inf"),
     "not inf": Case(found_inf=0.0, records=1),
     "schedule": Case(options={"every_n_steps": broken}, fails=True),
-    "choice of elements": Case(breaking=breaking(Engine, "choose_elements"), fails=True),
-    "memory": Case(breaking=breaking(Engine, "lay_out"), fails=True),
+    "choice of elements": Case(breaking=breaking(LayerSettings, "measured_indices"), fails=True),
+    "memory": Case(breaking=breaking(Arena, "lay_out"), fails=True),
     "together": Case(breaking=breaking(Measurer, "measure_batch"), fails=True),
     "alone": Case(breaking=breaking(Measurer, "measure_tensor"), fails=True),
     "callback": Case(options={"on_record": broken}, fails=True, records=1),

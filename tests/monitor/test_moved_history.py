@@ -1,4 +1,4 @@
-"""State of a monitor: flags of elements over all steps, and their restoration in another run."""
+"""`MovedHistory`: flags of elements over all steps, and their restoration in another run."""
 
 import copy
 import gc
@@ -149,13 +149,6 @@ def test_a_state_with_another_number_of_elements_gives_a_notice_and_is_not_resto
     ]
 
 
-def test_loading_a_state_into_an_attached_monitor_is_an_error() -> None:
-    model = net()
-    _, monitor, _ = watched(model)
-    with pytest.raises(RuntimeError, match=r"load_state_dict\(\) before attach\(\)"):
-        monitor.load_state_dict(monitor.state_dict())
-
-
 def test_loading_a_state_replaces_flags() -> None:
     model = net()
     optimizer, monitor, _ = watched(model)
@@ -169,17 +162,6 @@ def test_loading_a_state_replaces_flags() -> None:
     train(model, optimizer)
     one = monitor.latest.layers["3.weight"]
     assert one["never_moved_frac/e4m3fn"] == pytest.approx(one["stall_frac/e4m3fn"])
-
-
-def test_a_state_without_an_entry_is_an_error_that_names_it() -> None:
-    model = net()
-    optimizer, monitor, _ = watched(model)
-    train(model, optimizer)
-    state = monitor.state_dict()
-    for name in {*state} - {"samples", "twins", "starts"}:  # which version 0.1.0 did not write
-        rest = {other: value for other, value in state.items() if other != name}
-        with pytest.raises(ValueError, match=rf"'{name}'\] are missing; leave out load_state_dict"):
-            UpdateMonitor(net(), formats=FORMATS).load_state_dict(rest)
 
 
 @pytest.mark.parametrize("packed", [None, ((2, 8), torch.zeros(1, dtype=torch.uint8)), ((2, 8),)])
