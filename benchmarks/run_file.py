@@ -132,7 +132,7 @@ def record_run(
         return makers[-1]()
 
     monitor = UpdateMonitor(model, strict=True, **options)
-    with mock.patch("altgrad.monitor.monitor.step_record", keep), monitor.attach(optimizer):
+    with mock.patch("altgrad.monitor.recorder.step_record", keep), monitor.attach(optimizer):
         for _ in range(steps):
             run_step(optimizer)
     return Recorded(monitor.run_header(), makers)
