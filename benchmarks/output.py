@@ -77,7 +77,7 @@ def observe_step(**settings: Any) -> Step:
         return calls[-1]()
 
     watched = UpdateMonitor(model, formats=FORMATS, strict=True, **settings).attach(optimizer)
-    with mock.patch("altgrad.monitor.monitor.step_record", keep), watched:
+    with mock.patch("altgrad.monitor.recorder.step_record", keep), watched:
         train(model, optimizer, 3)
         return Step(calls[-1], watched.run_header())
 
