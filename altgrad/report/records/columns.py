@@ -110,7 +110,13 @@ class Columns:
 
     @classmethod
     def from_json(cls, value: object) -> tuple[int, Columns]:
-        """Return the number and the columns that a line declares.
+        """Read the line that declares columns.
+
+        Args:
+            value: The line, as JSON has it.
+
+        Returns:
+            The number under which columns are declared, and the columns.
 
         Raises:
             FieldError: A key is missing, or a value is invalid.

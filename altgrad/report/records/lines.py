@@ -55,7 +55,7 @@ class StepNumbers(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """What decides which numbers a layer or the model has.
+    """The settings that decide which numbers a layer or the model has.
 
     Attributes:
         formats: Names of the judged formats.

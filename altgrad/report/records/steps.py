@@ -109,9 +109,9 @@ class PackedStep:
         step: Number of the step.
         columns: The meaning of the numbers.
         elements: Number of measured elements of the model.
-        own_seconds: As in `Row`.
-        training_seconds: As in `Row`.
-        skipped: As in `Row`.
+        own_seconds: Host time in seconds to observe the previous observed step.
+        training_seconds: Mean time in seconds of a training step without the observation.
+        skipped: Number of steps so far that moved no weight, by reason.
         path: Path of the file.
         line: Number of the line in the file.
         start: Place of the packed numbers in the file, in bytes.
@@ -267,17 +267,17 @@ class WrittenStep:
 
     @property
     def own_seconds(self) -> float:
-        """As in `Row`."""
+        """Host time in seconds to observe the previous observed step; NaN if unknown."""
         return self.rows[-1].own_seconds
 
     @property
     def training_seconds(self) -> float:
-        """As in `Row`."""
+        """Mean time in seconds of a training step without the observation; NaN if unknown."""
         return self.rows[-1].training_seconds
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """As in `Row`."""
+        """Number of steps so far that moved no weight, by reason."""
         return self.rows[-1].skipped
 
     @property

@@ -222,7 +222,7 @@ def test_columns_are_declared_once_and_again_if_they_change(tmp_path) -> None:
 
 
 def test_numbers_of_columns_begin_anew_after_many(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(writing, "_MOST_DECLARED", 2)
+    monkeypatch.setattr(writing, "_MOST_DECLARED", 2)  # a real run declares a few
     records = {name: make_records({name: torch.ones(40)}, steps=1)[0] for name in "abc"}
     with RunFile.create(tmp_path, header_from(records["a"])) as file:
         for step, name in enumerate("abcab"):
