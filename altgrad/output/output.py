@@ -136,7 +136,7 @@ class Output:
         self._add_new_layers(record)
         self._latest |= record.layers
         self._written += 1
-        # Pictures take a second or two, so they are drawn at the 1st, 4th, 16th, … record only.
+        # Pictures take half a second, so they are drawn at the 1st, 4th, 16th, … record only.
         weights = self._count_weights() if _is_even_power(self._written) else None
         columns = split_columns(record.layers)
         for each in columns:

@@ -24,6 +24,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from altgrad import Histogram
 from altgrad.measurement.catalogue import FORMAT_METRICS
+from altgrad.measurement.layer_columns import LayerRow, gather_columns
 from altgrad.output import loggers
 from altgrad.output.charts import Row
 from altgrad.output.history import History
@@ -55,7 +56,7 @@ def log_everything(logger: Any) -> None:
             loggers.log_row(runs, row)
             loggers.close_runs(runs)
         stalled = {f"stall_frac/{format}": step / 20 for format in FORMATS}
-        history.add(step, dict.fromkeys(LAYERS, stalled))
+        history.add(step, gather_columns(LayerRow(name, stalled, {}) for name in LAYERS))
         shown = ("steps/bf16", f"steps/bf16/{LAYERS[0]}")
         loggers.log_histograms([logger], step, dict.fromkeys(shown, STEPS))
         loggers.log_pictures([logger], step, history.draw_heat_maps())
