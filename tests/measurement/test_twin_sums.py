@@ -326,6 +326,7 @@ def test_many_layers_are_measured_in_parts(
 
     monkeypatch.setattr(twin_sums, "_join", join)
     bytes_of_a_layer = 8 * len(twins) * len(TwinColumns(STATES).ratios) * mask.shape[1]
+    # Too large for a test: a part has 64 MiB.
     monkeypatch.setattr(twin_sums, "_MOST_BYTES", 2 * bytes_of_a_layer)
     found = measure_twins(mask, fp32, twins, STATES, blocks=blocks)
     assert parts == [2, 2, 2, 2, 1, 1]
