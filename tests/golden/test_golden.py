@@ -122,7 +122,7 @@ def test_a_trainer_writes_the_recorded_rows(tmp_path: Path) -> None:
                 continue
             assert close(error, golden["errors"][key], abs(golden["errors"][key]) * WRITTEN), key
     recorded, written = (
-        json.loads(path.read_text(encoding="utf-8").splitlines()[0])
+        json.loads(path.read_bytes().split(b"\n")[0])
         for path in (replay.RUN_FILE, tmp_path / replay.RUN_FILE.name)
     )
     for layer in written["layers"].values():
@@ -135,15 +135,14 @@ def test_a_trainer_writes_the_recorded_rows(tmp_path: Path) -> None:
 def test_a_trainer_resumes_from_the_recorded_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Resume into the recorded run file; its steps after the checkpoint are superseded."""
+    """Resume in a new file, which follows the steps before the checkpoint in that of schema 1."""
     monkeypatch.chdir(tmp_path)  # the checkpoint names the run file relative to it
     shutil.copy(replay.RUN_FILE, tmp_path)
     monitor = replay.fit(tmp_path, ckpt_path=replay.CHECKPOINT_FILE)
-    assert monitor.path == Path(replay.RUN_FILE.name)
-    assert b'"resumed"' in monitor.path.read_bytes()
-    run = read(tmp_path)
-    (note,) = run.notes
-    assert "resumed before step 2" in note
+    assert monitor.path == Path("altgrad-2.jsonl")
+    assert Path(replay.RUN_FILE.name).read_bytes() == replay.RUN_FILE.read_bytes()
+    run = read(monitor.path)
+    assert (run.predecessors, run.notes) == ([Path(replay.RUN_FILE.name)], [])
     assert_rows_as_recorded(run.rows, golden_rows(), but=CHANGED)
 
 
