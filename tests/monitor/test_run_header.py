@@ -63,6 +63,17 @@ def test_a_header_counts_what_a_step_measures() -> None:
     assert layer["elements"] == monitor.latest.layers["w"].elements == 300
 
 
+def test_a_header_has_layers_that_were_observed_and_are_frozen_now() -> None:
+    """In an alternating GAN, a layer is frozen while the other network is trained."""
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with UpdateMonitor(model, strict=True).attach(optimizer) as monitor:
+        model(torch.ones(4)).sum().backward()
+        optimizer.step()
+        model.requires_grad_(False)
+    assert [*monitor.run_header()["layers"]] == ["weight", "bias"]
+
+
 def test_the_header_is_made_in_time_linear_in_the_number_of_layers() -> None:
     def describe(count: int) -> int:
         parameters = [(f"p{k}", nn.Parameter(torch.ones(4))) for k in range(count)]
