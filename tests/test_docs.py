@@ -1,7 +1,9 @@
 """The pages under docs/: their code runs, and their constants match the code."""
 
+import ast
 import doctest
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,7 @@ from torch import nn
 import altgrad
 from altgrad import SamplingRule, UpdateMonitor
 from altgrad.measurement.columns import max_count, sum_count
-from altgrad.report import Confirmation, RunFile, Verdict
+from altgrad.report import Confirmation, RunFile, Verdict, read
 from altgrad.report.judging.calibration import calibration
 from altgrad.report.judging.families import find_family
 from altgrad_lightning import PrecisionMonitor
@@ -107,7 +109,10 @@ def blocks(page: Path, language: str) -> list[str]:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_code_on_a_page_runs(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     code = [block for block in blocks(page, "python") if ">>>" not in block]
     monkeypatch.chdir(tmp_path)
@@ -116,8 +121,19 @@ def test_the_code_on_a_page_runs(
         advice = SimpleNamespace(verdict=Verdict.FROZEN, layer="a")
         names["monitor"] = SimpleNamespace(assessment=SimpleNamespace(advice=[advice]))
         (tmp_path / "verdicts.csv").write_text("layer\n'=a\n''b\nNA\n")
+    if page.name == "run-file.md":
+        shutil.copy("lightning_logs/version_0/altgrad.jsonl", "altgrad.jsonl")
     for block in code:
         exec(compile(block, page.name, "exec"), names)
+    if page.name == "run-file.md":
+        printed = capsys.readouterr().out.splitlines()
+        series = read("altgrad.jsonl").series("update_rms")
+        assert printed
+        assert len(printed) == len(series)
+        for line, (step, figure) in zip(printed, series.items(), strict=True):
+            number, _, by_layer = line.partition(" ")
+            assert int(number) == step
+            assert ast.literal_eval(by_layer)[None] == pytest.approx(figure, rel=1e-7)
     if page.name == "compare.md":
         _assert_shows(page, names["found"])
         _assert_shows_report(ROOT / "docs" / "low-precision-runs.md")
