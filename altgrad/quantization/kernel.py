@@ -220,21 +220,22 @@ def _power_of_two_below(y: Tensor) -> Tensor:
     return exponent_bits.view(y.dtype)
 
 
-def compute_exp2(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``2**exponent`` exactly.
+def compute_exp2(exponent: Tensor, dtype: torch.dtype, offset: int = 0) -> Tensor:
+    """Return ``2**(exponent + offset)`` exactly.
 
     The biased exponent is shifted into the exponent bits, because `torch.exp2` does not guarantee
     an exact result.
 
     Args:
-        exponent: int32 or int64, any shape. ``2**exponent`` must be a normal number of `dtype`.
+        exponent: int32 or int64, any shape. The result must be a normal number of `dtype`.
         dtype: float32 or float64.
+        offset: Number to add to each exponent, without an operation of its own.
 
     Returns:
         A tensor of `dtype` with the shape of `exponent`.
     """
     mantissa_bits, bias = _MANTISSA_BITS_AND_BIAS[dtype]
-    return ((exponent.to(_INTEGER[dtype]) + bias) << mantissa_bits).view(dtype)
+    return ((exponent.to(_INTEGER[dtype]) + (bias + offset)) << mantissa_bits).view(dtype)
 
 
 def _round_to_integer(

@@ -218,7 +218,8 @@ def _power_of_two_scale(amax: Tensor, format: FloatFormat, *, round_up: bool) ->
     """
     significand, exponent = torch.frexp(amax)  # significand in [0.5, 1)
     top_significand, top_exponent = math.frexp(format.max)
-    exponent = exponent - top_exponent
     if round_up:
         exponent += significand > top_significand
-    return compute_exp2(exponent.clamp_(*_EXPONENTS[amax.dtype]), amax.dtype)
+    smallest, largest = _EXPONENTS[amax.dtype]
+    exponent.clamp_(smallest + top_exponent, largest + top_exponent)
+    return compute_exp2(exponent, amax.dtype, offset=-top_exponent)

@@ -34,20 +34,16 @@ class _Groups(NamedTuple):
     Attributes:
         firsts: The position of each group's first element, int64 (groups).
         numbers: The number of each element's group, int64 (elements).
+        own_first: The position of the first element in each element's group, int64 (elements).
     """
 
     firsts: Tensor
     numbers: Tensor
+    own_first: Tensor
 
-    def raise_amaxes(self, amaxes: Tensor, magnitudes: Tensor) -> Tensor:
-        """Return the amax (largest magnitude) of each group, (groups), with those of `magnitudes`.
-
-        Args:
-            amaxes: An amax for each element, (elements); those at `firsts` are read.
-            magnitudes: Magnitudes in the dtype of `amaxes`, (elements).
-        """
-        kept = amaxes.index_select(0, self.firsts)
-        return kept.scatter_reduce_(0, self.numbers, magnitudes, "amax")
+    def pick(self, each: Tensor) -> Tensor:
+        """Return for each group what its first element has in a tensor (elements)."""
+        return each.index_select(0, self.firsts)
 
     def spread(self, each: Tensor) -> Tensor:
         """Return for each element what its group has in a tensor (groups), in its dtype."""
@@ -79,7 +75,7 @@ class ElementScales:
         self._groups: dict[Scaling, _Groups] = {}  # results of _find_groups
         self._weight_amaxes: Tensor | None = None
         self._state_amaxes: dict[str, dict[str, Tensor]] = {}  # by state, then by layer
-        self._spread_amaxes: dict[tuple[str, Scaling, torch.dtype], Tensor] = {}  # by element
+        self._known_amaxes: dict[tuple[str, Scaling, torch.dtype], Tensor] = {}  # by group
 
     def read(
         self,
@@ -105,7 +101,7 @@ class ElementScales:
         }
         self._layout, self._layers, self._device = layout, layers, device
         self._groups.clear()
-        self._spread_amaxes.clear()
+        self._known_amaxes.clear()
         self.forget_amaxes()
 
     def forget_amaxes(self) -> None:
@@ -161,9 +157,9 @@ class ElementScales:
         applied = self.applied(format)
         assert applied is not None
         groups = self._find_groups(applied)
-        kept = groups.raise_amaxes(amaxes, _find_magnitudes(weights, amaxes.dtype))
-        amaxes.index_copy_(0, groups.firsts, kept)
-        return groups.spread(_compute_scales(kept, format))
+        magnitudes = _find_magnitudes(weights, amaxes.dtype)
+        amaxes.scatter_reduce_(0, groups.own_first, magnitudes, "amax")
+        return groups.spread(_compute_scales(groups.pick(amaxes), format))
 
     # --- states
 
@@ -177,7 +173,7 @@ class ElementScales:
         for state, by_layer in states.items():
             amaxes = zip(by_layer, self._find_state_amaxes([*by_layer.values()]), strict=True)
             self._state_amaxes.setdefault(state, {}).update(amaxes)
-        self._spread_amaxes.clear()
+        self._known_amaxes.clear()
 
     def find_unread(self) -> set[str]:
         """Return the names of the layers of which `read_states` got no optimizer state yet."""
@@ -213,12 +209,13 @@ class ElementScales:
         if applied is None:
             return None
         dtype = _get_wide(states)
-        known, groups = self._spread_states(name, applied, dtype), self._find_groups(applied)
-        amaxes = groups.raise_amaxes(known, _find_magnitudes(states, dtype))
+        known, groups = self._find_known(name, applied, dtype), self._find_groups(applied)
+        magnitudes = _find_magnitudes(states, dtype)
+        amaxes = known.scatter_reduce(0, groups.numbers, magnitudes, "amax")
         return groups.spread(_compute_scales(amaxes, format))
 
-    def _spread_states(self, name: str, applied: Scaling, dtype: torch.dtype) -> Tensor:
-        """Return for each sampled element the amax that `read_states` got for an optimizer state.
+    def _find_known(self, name: str, applied: Scaling, dtype: torch.dtype) -> Tensor:
+        """Return for each group of elements the amax that `read_states` got for an optimizer state.
 
         An *amax* is the largest magnitude among the numbers that share a scale: those of a layer or
         of a channel. It is 0 at padding, for blocks, and in layers whose state was not read.
@@ -229,18 +226,19 @@ class ElementScales:
             dtype: dtype of the result.
 
         Returns:
-            The amaxes, (elements).
+            The amaxes, (groups).
         """
         key = name, applied, dtype
-        if key not in self._spread_amaxes:
+        if key not in self._known_amaxes:
             # Nothing is read for blocks, which the sample has whole, and states that the run lacks.
             by_layer = {} if isinstance(applied, tuple) else self._state_amaxes.get(name, {})
             each = {
                 layer: amaxes if len(amaxes) == 1 else self._pick_channels(layer, amaxes)
                 for layer, amaxes in by_layer.items()
             }
-            self._spread_amaxes[key] = self._spread(each).to(dtype).nan_to_num_(0.0, 0.0, 0.0)
-        return self._spread_amaxes[key]
+            spread = self._spread(each).to(dtype).nan_to_num_(0.0, 0.0, 0.0)
+            self._known_amaxes[key] = self._find_groups(applied).pick(spread)
+        return self._known_amaxes[key]
 
     def _pick_channels(self, name: str, amaxes: Tensor) -> Tensor:
         """Return for each sampled element of a layer the amax of its channel.
@@ -274,7 +272,8 @@ class ElementScales:
                 layer = self._layers[name]
                 numbers = number_groups(layer.indices, layer.shape, scaling)
                 begins[place][1:] = numbers[1:] != numbers[:-1]
-            self._groups[scaling] = _Groups(begins.nonzero().view(-1), begins.cumsum(0) - 1)
+            firsts, numbers = begins.nonzero().view(-1), begins.cumsum(0) - 1
+            self._groups[scaling] = _Groups(firsts, numbers, firsts[numbers])
         return self._groups[scaling]
 
     def _spread(self, by_layer: Mapping[str, Tensor]) -> Tensor:
@@ -295,7 +294,7 @@ class ElementScales:
             amaxes = torch.cat([each.to(self._device) for each in by_layer.values()])
             spread[starts] = amaxes.to(dtype)
             groups = self._find_groups("tensor")
-            return groups.spread(spread.index_select(0, groups.firsts))
+            return groups.spread(groups.pick(spread))
         for place, amaxes in zip(places, by_layer.values(), strict=True):
             spread[place] = amaxes.to(self._device)
         return spread
