@@ -39,6 +39,8 @@ _NONFINITE = "nonfinite_frac"
 
 Flags = NDArray[np.bool_]
 Places = NDArray[np.intp]
+Axis = Places | slice
+"""Places along an axis; a slice, which is faster, if each is one more than that before."""
 
 
 class RunTallies(NamedTuple):
@@ -81,7 +83,7 @@ def tally_run(
             plan = plans[table.columns] = _make_plan(table.columns, layers, recipes, formats)
             _grow(twins, len(layers))
             _grow(steps, len(layers))
-        if not len(plan.rows):
+        if table.columns.layers == (None,):
             continue
         observed += table.step != last_step
         last_step = table.step
@@ -99,9 +101,11 @@ class _Plan(NamedTuple):
     Attributes:
         columns: The columns.
         rows: Rows of the layers.
-        layers: Numbers of these layers, by which the run counts them.
-        recipes: Numbers of the recipes with twins in these steps.
-        formats: Numbers of the formats that are judged in these steps.
+        twins: Places in an array of (recipes, layers): those of the recipes with twins in these
+            steps, and of the layers, as the run counts both.
+        formats: Places in an array of (formats, layers): those of the formats that are judged in
+            these steps, and of the layers.
+        is_run: True for the recipe that is the run itself, bool (recipes, 1).
         progress: Columns of `progress_kept`, one for each recipe.
         still: Columns of `still_frac`.
         broken: Columns of `twin_nonfinite_frac`.
@@ -114,10 +118,10 @@ class _Plan(NamedTuple):
     """
 
     columns: Columns
-    rows: Places
-    layers: Places
-    recipes: Places
-    formats: Places
+    rows: Axis
+    twins: tuple[Axis, Axis]
+    formats: tuple[Axis, Axis]
+    is_run: Flags
     progress: Places
     still: Places
     broken: Places
@@ -137,8 +141,19 @@ class _Plan(NamedTuple):
             The numbers, float64 (*places, layers), NaN where there is none; and flags, bool.
         """
         is_here = ~table.is_absent[places][..., self.rows]
-        is_here[places < 0] = False
-        return np.where(is_here, table.numbers[places][..., self.rows], np.nan), is_here
+        is_missing = places < 0
+        if is_missing.any():
+            is_here[is_missing] = False
+        return self.read_numbers(table, places), is_here
+
+    def read_numbers(self, table: StepTable, places: Places) -> Numbers:
+        """Return numbers of all layers as `read` does, without the flags."""
+        numbers: Numbers = table.numbers[places][..., self.rows]
+        is_missing = places < 0
+        if is_missing.any():
+            numbers = numbers.copy()
+            numbers[is_missing] = np.nan
+        return numbers
 
 
 def _make_plan(
@@ -159,12 +174,13 @@ def _make_plan(
         return np.array(found, np.intp)
 
     progress, still, broken = find(figures, (PROGRESS, STILL, BROKEN), tried)
+    own = [layers[layer] for layer in rows]
     return _Plan(
         columns,
-        np.array([*rows.values()], np.intp),
-        np.array([layers[layer] for layer in rows], np.intp),
-        np.array([recipes.index(name) for name in tried], np.intp),
-        np.array([formats.index(name) for name in judged], np.intp),
+        _find_axis([*rows.values()]),
+        _find_grid([recipes.index(name) for name in tried], own),
+        _find_grid([formats.index(name) for name in judged], own),
+        np.array([name == NOW for name in tried])[:, None],
         progress,
         still,
         broken,
@@ -173,6 +189,21 @@ def _make_plan(
         np.array(figures.get(SIZE, -1)),
         np.array(figures.get(_NONFINITE, -1)),
     )
+
+
+def _find_axis(places: Sequence[int]) -> Axis:
+    """Return places along an axis, as a slice if they follow each other."""
+    if places and [*places] == [*range(places[0], places[0] + len(places))]:
+        return slice(places[0], places[0] + len(places))
+    return np.array(places, np.intp)
+
+
+def _find_grid(rows: Sequence[int], columns: Sequence[int]) -> tuple[Axis, Axis]:
+    """Return the index of all places in some rows and columns of an array."""
+    first, second = _find_axis(rows), _find_axis(columns)
+    if isinstance(first, slice) or isinstance(second, slice):
+        return first, second
+    return first[:, None], second[None]
 
 
 _MEAN_ROWS = [STEP_METRICS.index(metric) for metric in MEANS]
@@ -215,7 +246,7 @@ class _Steps:
 
     def add(self, table: StepTable, plan: _Plan) -> None:
         """Add an observed step, as `StepTally.add_step` does."""
-        own = plan.formats[:, None], plan.layers[None]
+        own = plan.formats
         means = (slice(None), *own)
         figures, is_here = plan.read(table, plan.metrics)
         errors, has_error = plan.read(table, plan.errors)
@@ -239,7 +270,7 @@ class _Steps:
         for name, new in (("never_moved", figures), ("never_moved_error", errors)):
             array = getattr(self, name)
             array[own] = np.where(last, new[_NEVER_ROW], array[own])
-        nonfinite, _ = plan.read(table, plan.nonfinite)
+        nonfinite = plan.read_numbers(table, plan.nonfinite)
         self.broken[own] = np.where(judged, np.fmax(self.broken[own], nonfinite), self.broken[own])
 
     def as_tallies(self, layers: Sequence[str]) -> dict[str, dict[str, StepTally]]:
@@ -310,12 +341,11 @@ class _Twins:
             table: The numbers of the step.
             plan: The places of the numbers.
         """
-        own = plan.recipes[:, None], plan.layers[None]
+        own, is_run = plan.twins, plan.is_run
         progress, is_here = plan.read(table, plan.progress)
-        self._add_window(own, is_here, plan.read(table, plan.still)[0])
-        nonfinite, _ = plan.read(table, plan.nonfinite)
-        broken, _ = plan.read(table, plan.broken)
-        is_run = (plan.recipes == self._find_now())[:, None]
+        self._add_window(own, is_here, plan.read_numbers(table, plan.still))
+        nonfinite = plan.read_numbers(table, plan.nonfinite)
+        broken = plan.read_numbers(table, plan.broken)
         is_lost = (nonfinite > 0) & np.isnan(progress)
         self._set("is_lost", own, is_here, is_lost)
         # A run that becomes NaN has no figures any more: the last ones before count.
@@ -330,10 +360,7 @@ class _Twins:
         seen = np.fmax(self.nonfinite[own], np.fmax(nonfinite, np.where(is_run, now, 0.0)))
         self._set("nonfinite", own, is_here, seen)
 
-    def _find_now(self) -> int:
-        return self.recipes.index(NOW) if NOW in self.recipes else -1
-
-    def _add_window(self, own: tuple[Places, Places], is_here: Flags, still: Numbers) -> None:
+    def _add_window(self, own: tuple[Axis, Axis], is_here: Flags, still: Numbers) -> None:
         """Note which layers stood still since the last observed step."""
         stands, moves = is_here & (still >= _LIMITS.frozen), is_here & (still < _LIMITS.frozen)
         begins = stands & ~self.is_still[own]
@@ -342,7 +369,7 @@ class _Twins:
         self._set("is_still", own, stands | moves, stands)
         self.still_steps[own] = np.where(moves, 0, self.still_steps[own] + stands)
 
-    def _set(self, name: str, own: tuple[Places, Places], where: Flags, value: Any) -> None:
+    def _set(self, name: str, own: tuple[Axis, Axis], where: Flags, value: Any) -> None:
         array = getattr(self, name)
         array[own] = np.where(where, value, array[own])
 
