@@ -83,7 +83,7 @@ def tally_run(
             plan = plans[table.columns] = _make_plan(table.columns, layers, recipes, formats)
             _grow(twins, len(layers))
             _grow(steps, len(layers))
-        if table.columns.layers == (None,):
+        if {*table.columns.layers} <= {None}:  # the model alone, or not even that
             continue
         observed += table.step != last_step
         last_step = table.step
