@@ -1,6 +1,6 @@
 """Time attaching, steps and state for models of more and more layers, in µs per layer.
 
-    python benchmarks/layers.py [--quick] [--layers 300 1000 3000]
+    python benchmarks/layers.py [--quick] [--threads N] [--layers 300 1000 3000]
 
 Each layer is a matrix of 16 × 16 that AdamW steps, with twins of the default recipes. What is
 linear takes as long per layer at 3,000 layers as at 300. Times are CPU time, the least of three.
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from paired import print_environment, print_table, script_arguments, write_json
+from paired import parse_with_threads, print_environment, print_table, script_arguments, write_json
 from torch import nn
 
 from altgrad import UpdateMonitor
@@ -59,8 +59,7 @@ def time_model(layers: int) -> dict[str, float]:
 def main() -> None:
     parser = script_arguments(__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=LAYERS, metavar="N")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = parse_with_threads(parser)
     print_environment()
     found: dict[int, dict[str, float]] = {}
     for layers in arguments.layers:

@@ -26,6 +26,7 @@ import torch
 from paired import (
     Quartiles,
     paired_steps,
+    parse_with_threads,
     print_environment,
     print_table,
     quartiles,
@@ -233,13 +234,10 @@ def print_verdict(rows: list[Row]) -> None:
 
 def main() -> None:
     parser = script_arguments("Time an observed step against the size of the model.")
-    parser.add_argument("--threads", type=int, metavar="N", help="cores for torch; default: all")
     parser.add_argument("--sizes", nargs="+", type=float, default=SIZES, metavar="N")
     parser.add_argument("--elements", type=int, default=DEFAULT_MAX_ELEMENTS, metavar="N")
     parser.add_argument("--rounds", type=int, default=30)
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    arguments = parse_with_threads(parser)
     print_environment()
     torch.manual_seed(0)
     sizes = sorted(int(s) for s in arguments.sizes if not arguments.quick or s <= QUICK_LIMIT)

@@ -34,6 +34,7 @@ from altgrad.report.canvas import draw_pixels
 from benchmarks.gpt import Gpt, train
 from benchmarks.paired import (
     Target,
+    parse_with_threads,
     print_environment,
     print_table,
     print_targets,
@@ -147,10 +148,7 @@ def time_pictures(step: Step, rounds: int) -> Row:
 
 def main() -> None:
     parser = script_arguments("Time what an observed step costs beside its measuring.")
-    parser.add_argument("--threads", type=int, metavar="N", help="cores for torch; default: all")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    arguments = parse_with_threads(parser)
     print_environment()
     rounds = ROUNDS // (5 if arguments.quick else 1)
     found: dict[str, list[Row]] = {}

@@ -255,6 +255,15 @@ def script_arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def parse_with_threads(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line, with an option for torch's threads, which are set."""
+    parser.add_argument("--threads", type=int, metavar="N", help="cores for torch; default: all")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    return arguments
+
+
 def environment() -> dict[str, str]:
     """Return what the figures depend on: versions, threads and the machine."""
     return {

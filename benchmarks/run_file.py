@@ -31,6 +31,7 @@ from benchmarks.gpt import Gpt, train
 from benchmarks.paired import (
     Target,
     paired_batches,
+    parse_with_threads,
     print_environment,
     print_table,
     print_targets,
@@ -234,10 +235,7 @@ def print_long(runs: Sequence[LongRun]) -> None:
 
 def main() -> None:
     parser = script_arguments("Measure the run file, and reports of long runs.")
-    parser.add_argument("--threads", type=int, metavar="N", help="cores for torch; default: all")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    arguments = parse_with_threads(parser)
     print_environment()
     parts = 10 if arguments.quick else 1
     rows: list[Row] = []

@@ -44,6 +44,7 @@ from paired import (
     Target,
     counting,
     paired_steps,
+    parse_with_threads,
     prepare_kernel,
     print_environment,
     print_table,
@@ -298,12 +299,9 @@ def find_targets(rows: list[Row]) -> list[Target]:
 
 def main() -> None:
     parser = script_arguments("Time what observing adds to a training step, paired.")
-    parser.add_argument("--threads", type=int, metavar="N", help="cores for torch; default: all")
     parser.add_argument("--tokens", nargs="+", type=int, default=tuple(SHAPES), choices=SHAPES)
     parser.add_argument("--rounds", type=int, metavar="N", help="default: 60, 20 and 12")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    arguments = parse_with_threads(parser)
     print_environment()
     prepare_kernel()
     torch.manual_seed(0)

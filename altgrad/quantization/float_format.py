@@ -260,6 +260,11 @@ class FloatFormat:
         return self._float64(1, self.emin - self.mantissa_bits * self.has_subnormals)
 
     @property
+    def largest_spacing(self) -> float:
+        """The distance between `max` and the value before it, if both lie in one binade."""
+        return self._float64(1, self.emax - self.mantissa_bits)
+
+    @property
     def eps(self) -> float:
         """The spacing at 1 if 1 is a normal number: ``2**-M``, as in ``torch.finfo``."""
         return self._float64(1, -self.mantissa_bits)

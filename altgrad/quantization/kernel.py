@@ -270,10 +270,23 @@ def _round_stochastically(t: Tensor, generator: torch.Generator | None) -> Tenso
     """
     magnitude = t.abs()
     whole = magnitude.floor()
-    # 53 random bits: among the 24 bits of float32 a draw of 0 alone has probability 2**-24, so that
-    # every remainder, however small, would be rounded up at least so often.
-    draw = torch.rand(t.shape, dtype=torch.float64, device=t.device, generator=generator)
-    return whole.add_(draw < magnitude.sub_(whole)).copysign_(t)
+    return whole.add_(draw_numbers(t, generator) < magnitude.sub_(whole)).copysign_(t)
+
+
+def draw_numbers(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw the random numbers of stochastic rounding, for each element of x one from 0 to 1.
+
+    They have 53 random bits. Among the 24 bits of float32 a draw of 0 alone has probability
+    ``2**-24``, so that every remainder, however small, would be rounded up at least so often.
+
+    Args:
+        x: The tensor to round.
+        generator: The random number generator, on the device of x.
+
+    Returns:
+        The numbers, float64, with the shape of x.
+    """
+    return torch.rand(x.shape, dtype=torch.float64, device=x.device, generator=generator)
 
 
 def _round_to_even_code(t: Tensor, binade: Tensor, bias: int) -> Tensor:

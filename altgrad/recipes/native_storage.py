@@ -10,15 +10,13 @@ is the code.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from altgrad.measurement.native_code import native_code
 from altgrad.measurement.native_rows import can_measure
 from altgrad.quantization.float_format import FloatFormat
-from altgrad.quantization.kernel import get_arithmetic_dtype
+from altgrad.quantization.kernel import draw_numbers, get_arithmetic_dtype
 
 MOST_ELEMENTS = 2**20
 """Number of weights up to which one pass on one thread is faster than many on all threads."""
@@ -62,9 +60,7 @@ def store_natively(
             return False
         scales = scale.expand(weights.shape).contiguous()
     if is_stochastic:
-        draws = torch.rand(
-            weights.shape, dtype=torch.float64, device=weights.device, generator=generator
-        )
+        draws = draw_numbers(weights, generator)
     arithmetic = get_arithmetic_dtype(torch.float32, element.key, scale is not None)
     function(
         weights.data_ptr(),
@@ -74,9 +70,9 @@ def store_natively(
         0 if draws is None else draws.data_ptr(),
         0 if errors is None else errors.data_ptr(),
         element.has_negative_zero,
-        math.ldexp(1.0, element.emax - element.mantissa_bits),
+        element.largest_spacing,
         element.max,
-        math.ldexp(1.0, -element.mantissa_bits),
+        element.eps,
         element.smallest_subnormal,
     )
     # Autograd, and AltGrad's search for writes, learn that the tensors have changed.

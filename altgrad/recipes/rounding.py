@@ -8,7 +8,6 @@ Read `native_storage` first; `rounding_generators` comes next.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -112,7 +111,7 @@ def _limit(errors: Tensor, element: FloatFormat, scale: float | Tensor | None) -
     Rounding to nearest loses at most half a spacing, but a weight beyond the largest value loses
     more. To keep all of that would hold the weight there long after its updates turned back.
     """
-    most: Any = math.ldexp(1.0, element.emax - element.mantissa_bits)
+    most: Any = element.largest_spacing
     if scale is not None:
         most = most * scale
     return errors.clamp_(-most, most)

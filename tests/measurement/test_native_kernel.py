@@ -11,9 +11,10 @@ from altgrad.measurement.native_code import read_file
 ROOT = Path(__file__).parents[2]
 
 
-def test_its_import_needs_no_torch() -> None:
+@pytest.mark.parametrize("module", ["native_bits", "native_kernel", "native_rounding"])
+def test_native_code_is_imported_without_torch(module: str) -> None:
     pytest.importorskip("numba")
-    code = "import sys, altgrad.measurement.native_kernel; print('torch' in sys.modules)"
+    code = f"import sys, altgrad.measurement.{module}; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -1,7 +1,5 @@
 """`native_rounding`: its code is loaded beside the kernel's; `test_native_storage` has its bits."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,17 +7,6 @@ import torch
 
 from altgrad.measurement.native_code import native_code, read_file
 from altgrad.quantization import get_format, quantize
-
-ROOT = Path(__file__).parents[2]
-
-
-def test_its_import_needs_no_torch() -> None:
-    pytest.importorskip("numba")
-    code = "import sys, altgrad.measurement.native_rounding; print('torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "False"
 
 
 def test_it_is_in_the_file_of_the_kernel(compiled_kernel: Path) -> None:

@@ -10,20 +10,9 @@ from altgrad.monitor.measured_layers import MeasuredLayers
 from altgrad.observation.parameter_names import ParameterRegistry
 from altgrad.quantization import devices
 from altgrad.quantization.format_set import FormatSet
+from tests.monitor.watching import Model
 
 FORMATS = FormatSet("bf16")
-
-
-class Model(nn.Module):
-    """A model with measured, complex, disabled and frozen parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Parameter(torch.ones(50, 60))
-        self.waves = nn.Parameter(torch.ones(3, dtype=torch.complex64))
-        self.quiet = nn.Parameter(torch.ones(4))
-        self.frozen = nn.Parameter(torch.ones(5), requires_grad=False)
-        self.last = nn.Parameter(torch.ones(6))
 
 
 def make_layers(model: nn.Module) -> MeasuredLayers:

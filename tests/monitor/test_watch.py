@@ -14,20 +14,9 @@ from altgrad.monitor.measured_layers import MeasuredLayers
 from altgrad.monitor.watch import Watch
 from altgrad.observation.parameter_names import ParameterRegistry
 from altgrad.quantization.format_set import FormatSet
+from tests.monitor.watching import Model
 
 FORMATS = FormatSet(("bf16", "e4m3fn"))
-
-
-class Model(nn.Module):
-    """A model with measured, complex, disabled and frozen parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Parameter(torch.ones(50, 60))
-        self.waves = nn.Parameter(torch.ones(3, dtype=torch.complex64))
-        self.quiet = nn.Parameter(torch.ones(4))
-        self.frozen = nn.Parameter(torch.ones(5), requires_grad=False)
-        self.last = nn.Parameter(torch.ones(6))
 
 
 def make_watch(model: nn.Module, **options: Any) -> tuple[Watch, list[str]]:

@@ -78,3 +78,15 @@ def assert_equal_figures(actual: Any, expected: Any, but: tuple[str, ...] = ()) 
         assert actual[key] == pytest.approx(
             value, rel=tolerance, abs=tolerance / 1e3, nan_ok=True
         ), key
+
+
+class Model(nn.Module):
+    """A model with measured, complex, disabled and frozen parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.ones(50, 60))
+        self.waves = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+        self.quiet = nn.Parameter(torch.ones(4))
+        self.frozen = nn.Parameter(torch.ones(5), requires_grad=False)
+        self.last = nn.Parameter(torch.ones(6))

@@ -210,6 +210,9 @@ def test_a_format_beyond_float64_can_be_built_but_not_used():
     assert (BINARY128.bits, BINARY128.precision, BINARY128.emin) == (128, 113, -16382)
     assert BINARY128.emax == 16383
     assert BINARY128.eps == 2**-112
+    for format in (BF16, FP16, E4M3, E5M2, E4M3FNUZ, E5M2FNUZ):
+        before, last = sorted({value for value in format.values() if value < float("inf")})[-2:]
+        assert format.largest_spacing == last - before
     for derived in ("max", "smallest_normal", "smallest_subnormal"):
         with pytest.raises(ValueError, match=r"binary128: .* exceeds float64"):
             getattr(BINARY128, derived)

@@ -245,7 +245,7 @@ class _Steps:
         self.updates, self.is_judged = np.zeros((2, count, 0), np.int64)
 
     def add(self, table: StepTable, plan: _Plan) -> None:
-        """Add an observed step, as `StepTally.add_step` does."""
+        """Add an observed step, as `tallies.add_format_step` does."""
         own = plan.formats
         means = (slice(None), *own)
         figures, is_here = plan.read(table, plan.metrics)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from altgrad.measurement.catalogue import figure_keys
+from altgrad.measurement.catalogue import STATED_ERRORS, STATED_TWIN_ERRORS, figure_keys
 from altgrad.measurement.histogram import Histogram
 from altgrad.measurement.numbers import Numbers
 from altgrad.report.records.columns import Bins, Columns
@@ -27,17 +27,6 @@ from altgrad.report.records.packing import PACKED, pack_numbers
 if TYPE_CHECKING:
     from altgrad.measurement.figures import Figures
     from altgrad.measurement.step_record import StepRecord
-
-WITH_ERRORS = (
-    *("kept_update_ratio", "stall_frac", "never_moved_frac"),
-    *("underflow_frac", "saturated_frac"),
-)
-"""Metrics of a number format whose standard errors go into the run file."""
-TWIN_METRICS_WITH_ERRORS = ("progress_kept", "window_progress_kept", "frozen_frac", "still_frac")
-"""Metrics of twins whose standard errors go into the run file.
-
-A twin is a sample of each layer that is trained as a recipe for storing weights says.
-"""
 
 
 class StepNumbers(NamedTuple):
@@ -77,8 +66,8 @@ class _Layout(NamedTuple):
         """The keys of the standard errors: those of formats, then those of twins."""
         formats = self.formats if self.is_sampled else ()
         return (
-            *(f"{metric}/{format}" for format in formats for metric in WITH_ERRORS),
-            *(key for key in self.twins if key.partition("/")[0] in TWIN_METRICS_WITH_ERRORS),
+            *(f"{metric}/{format}" for format in formats for metric in STATED_ERRORS),
+            *(key for key in self.twins if key.partition("/")[0] in STATED_TWIN_ERRORS),
         )
 
 
@@ -162,9 +151,9 @@ def _list_numbers(figures: Figures, layout: _Layout) -> list[float]:
     if layout.twins:
         numbers += figures.twins_in_order()
     if layout.is_sampled:
-        numbers += figures.errors_in_order(WITH_ERRORS)
+        numbers += figures.errors_in_order(STATED_ERRORS)
     if layout.twins:
-        numbers += figures.twins.errors_in_order(TWIN_METRICS_WITH_ERRORS)
+        numbers += figures.twins.errors_in_order(STATED_TWIN_ERRORS)
         numbers.append(figures.moved_elements)
     return numbers
 

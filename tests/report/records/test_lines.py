@@ -9,9 +9,9 @@ import torch
 
 from altgrad import FloatFormat, Histogram, StepRecord
 from altgrad.measurement import LAYER_METRICS
+from altgrad.measurement.catalogue import STATED_ERRORS, STATED_TWIN_ERRORS
 from altgrad.report import Header, Row, RunFile, read
 from altgrad.report.records import writing
-from altgrad.report.records.lines import TWIN_METRICS_WITH_ERRORS, WITH_ERRORS
 from tests.report.records.recording import (
     FORMATS,
     assert_same,
@@ -34,7 +34,7 @@ ODD_NAMES = (
 
 def test_only_sampled_layers_have_standard_errors(tmp_path, records, header) -> None:
     run = read(written(tmp_path, header, records))
-    keys = {f"{metric}/{format}" for metric in WITH_ERRORS for format in FORMATS}
+    keys = {f"{metric}/{format}" for metric in STATED_ERRORS for format in FORMATS}
     sampled = {"0.weight", None}
     for row in run.rows:
         assert set(row.errors) == (keys if row.layer in sampled else set())
@@ -146,8 +146,8 @@ def test_figures_of_twins_are_read_as_they_were_written(tmp_path, twinned) -> No
 
 def test_twins_have_errors_also_where_the_layer_is_measured_whole(tmp_path, twinned) -> None:
     header, records = twinned
-    whole = {f"{m}/{r}" for m in TWIN_METRICS_WITH_ERRORS for r in header.recipes}
-    sampled = whole | {f"{m}/{f}" for m in WITH_ERRORS for f in FORMATS}
+    whole = {f"{m}/{r}" for m in STATED_TWIN_ERRORS for r in header.recipes}
+    sampled = whole | {f"{m}/{f}" for m in STATED_ERRORS for f in FORMATS}
     for row in read(written(tmp_path, header, records)).rows:
         assert {*row.errors} == (sampled if row.layer in ("0.weight", None) else whole)
         figures = records[row.step].layers.get(row.layer, records[row.step].model)
