@@ -270,7 +270,8 @@ def _round_stochastically(t: Tensor, generator: torch.Generator | None) -> Tenso
     """
     magnitude = t.abs()
     whole = magnitude.floor()
-    return whole.add_(draw_numbers(t, generator) < magnitude.sub_(whole)).copysign_(t)
+    draw = draw_numbers(t, generator)  # a line of its own: torch.compile breaks the graph here
+    return whole.add_(draw < magnitude.sub_(whole)).copysign_(t)
 
 
 def draw_numbers(x: Tensor, generator: torch.Generator | None) -> Tensor:
